@@ -1,0 +1,68 @@
+"""Varied English for a scene. A caption may leave a fact out; it never says a false one."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from rlhf_img.playground.scene import Scene, Thing
+
+SHAPE_WORDS: dict[str, tuple[str, ...]] = {
+    "circle": ("circle", "circle", "disc"),
+    "square": ("square", "square", "box"),
+    "triangle": ("triangle",),
+    "star": ("star",),
+    "cross": ("cross", "plus sign"),
+}
+SIZE_WORDS = {"small": ("small", "tiny", "little"), "large": ("large", "big")}
+COUNT_WORDS = {2: ("two", "a pair of", "2"), 3: ("three", "3"), 4: ("four", "4")}
+RELATION_WORDS = {
+    "left of": ("left of", "to the left of"),
+    "right of": ("right of", "to the right of"),
+    "above": ("above", "over"),
+    "below": ("below", "under", "beneath"),
+}
+STYLE_WORDS = {
+    "film grain": ("with film grain", "grainy film"),
+    "soft focus": ("in soft focus", "soft focus"),
+    "vignette": ("with a vignette", "with dark vignette corners"),
+}
+
+
+def caption(scene: Scene, rng: np.random.Generator) -> str:
+    """One English description. Background and size are mentioned sometimes, all else always."""
+
+    def pick(options: Sequence[str]) -> str:
+        return options[int(rng.integers(len(options)))]
+
+    groups: list[list[Thing]] = []
+    for thing in scene.things:
+        if groups and (groups[-1][0].color, groups[-1][0].shape) == (thing.color, thing.shape):
+            groups[-1].append(thing)
+        else:
+            groups.append([thing])
+    phrases = [_phrase(group, pick, rng.random() < 0.6) for group in groups]
+    if scene.relation:
+        text = f"{phrases[0]} {pick(RELATION_WORDS[scene.relation])} {phrases[1]}"
+    else:
+        text = " and ".join(phrases)
+    if scene.word:
+        text += f' and the {pick(("word", "text"))} "{scene.word}"'
+    if rng.random() < 0.6:
+        ground = pick(("gray", "grey", "grey")) if scene.background == "grey" else scene.background
+        text += pick((f" on a {ground} background", f" on {ground}", f" against a {ground} background"))
+    if scene.style:
+        text += f", {pick(STYLE_WORDS[scene.style])}"
+    return pick(("", "", "", "a picture of ", "an image of ")) + text
+
+
+def _phrase(group: list[Thing], pick: object, say_size: bool) -> str:
+    """A counted noun phrase: "two large red circles"."""
+    first = group[0]
+    noun = pick(SHAPE_WORDS[first.shape])  # type: ignore[operator]
+    words = [first.color]
+    if say_size and first.size in SIZE_WORDS:
+        words.insert(0, pick(SIZE_WORDS[first.size]))  # type: ignore[operator]
+    if len(group) > 1:
+        plural = noun + ("es" if noun.endswith(("s", "x")) else "s")
+        return " ".join([pick(COUNT_WORDS[len(group)]), *words, plural])  # type: ignore[operator]
+    return f"{'an' if words[0][0] in 'aeiou' else 'a'} {' '.join(words)} {noun}"

@@ -1,0 +1,226 @@
+"""What a scene of the playground is, and how one is drawn at random: no pixels here, and no words."""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+
+SIZE = 64
+"""Side of an image in pixels."""
+
+SHAPES = ("circle", "square", "triangle", "star", "cross")
+COLORS: dict[str, tuple[int, int, int]] = {
+    "red": (214, 40, 40),
+    "orange": (245, 130, 32),
+    "yellow": (245, 215, 60),
+    "green": (46, 160, 67),
+    "cyan": (64, 200, 220),
+    "blue": (40, 80, 210),
+    "purple": (130, 50, 170),
+    "pink": (245, 130, 190),
+}
+BACKGROUNDS: dict[str, tuple[int, int, int]] = {
+    "white": (245, 245, 245),
+    "grey": (128, 128, 128),
+    "black": (20, 20, 20),
+    "brown": (110, 75, 45),
+}
+STYLES = ("film grain", "soft focus", "vignette")
+WORDS = ("GO", "HI", "NO", "UP", "SUN", "CAT", "BUS", "TEA", "OPEN", "STOP", "LOVE", "MOON")
+RELATIONS = ("left of", "right of", "above", "below")
+RADII = {"small": (6.0, 7.5), "medium": (8.5, 9.5), "large": (11.0, 13.0)}
+"""Radius of the circle with an object's nominal extent, in pixels."""
+
+Split = Literal["train", "val", "heldout"]
+
+
+def split_of(color: str, shape: str) -> Split:
+    """The split that owns a (colour, shape) pair: 28 train, 4 val and 8 held-out pairs of 40.
+
+    Every colour and every shape is seen in training; these 12 bindings are not.
+    """
+    i, j = list(COLORS).index(color), SHAPES.index(shape)
+    match (2 * i + j) % 5, i % 2:
+        case 0, _:
+            return "heldout"
+        case 1, 0:
+            return "val"
+        case _:
+            return "train"
+
+
+PAIRS: dict[Split, tuple[tuple[str, str], ...]] = {
+    split: tuple((c, s) for c in COLORS for s in SHAPES if split_of(c, s) == split)
+    for split in ("train", "val", "heldout")
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Thing:
+    """One object: a coloured shape with its centre and radius in pixels."""
+
+    shape: str
+    color: str
+    size: str
+    x: float
+    y: float
+    radius: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scene:
+    """The exact truth of an image. `things[0]` is the subject of `relation`, `things[1]` its object."""
+
+    things: tuple[Thing, ...]
+    background: str
+    relation: str | None = None
+    word: str | None = None
+    word_at_top: bool = False
+    style: str | None = None
+
+
+_KINDS = ("single", "count", "pair", "relation", "mixed", "word")
+_KIND_WEIGHTS = (0.15, 0.22, 0.20, 0.20, 0.11, 0.12)
+WORD_BAND = 20
+"""Height in pixels of the strip that a word takes at the top or the bottom."""
+
+
+def sample_scene(rng: np.random.Generator, split: Split = "train") -> Scene:
+    """A random scene of a split. Outside `train`, the first thing has a binding that training never shows,
+    and no scene holds a binding of the other unseen split."""
+    while True:
+        scene = _try_scene(rng, split)
+        if scene is not None:
+            return scene
+
+
+def _try_scene(rng: np.random.Generator, split: Split) -> Scene | None:
+    kind = rng.choice(_KINDS, p=_KIND_WEIGHTS)
+    kinds_of_thing = _draw_pairs(rng, split, 2)
+    match kind:
+        case "count":
+            counts = (int(rng.integers(2, 5)),)
+        case "pair" | "relation":
+            counts = (1, 1)
+        case "mixed":
+            counts = (int(rng.integers(2, 4)), 1)
+        case "word":
+            counts = (1,)
+        case _:
+            counts = (1,)
+    crowded = sum(counts) > 2 or kind == "word"
+    things: list[Thing] = []
+    relation = str(rng.choice(RELATIONS)) if kind == "relation" else None
+    word = str(rng.choice(WORDS)) if kind == "word" else None
+    word_at_top = bool(rng.random() < 0.5)
+    for (color, shape), count in zip(kinds_of_thing, counts, strict=False):
+        size = str(rng.choice(["small", "medium"] if crowded else list(RADII)))
+        for _ in range(count):
+            thing = _place(rng, things, color, shape, size, relation, word, word_at_top)
+            if thing is None:
+                return None
+            things.append(thing)
+    background = str(rng.choice(list(BACKGROUNDS)))
+    visible = STYLES if background != "black" else STYLES[:2]  # a vignette does not show on black
+    return Scene(
+        things=tuple(things),
+        background=background,
+        relation=relation,
+        word=word,
+        word_at_top=word_at_top,
+        style=str(rng.choice(visible)) if rng.random() < 0.12 else None,
+    )
+
+
+def _draw_pairs(rng: np.random.Generator, split: Split, n: int) -> list[tuple[str, str]]:
+    """n different (colour, shape) pairs with the first from `split` and the rest from `split` or `train`."""
+    first = PAIRS[split][rng.integers(len(PAIRS[split]))]
+    pool = [p for p in {*PAIRS["train"], *PAIRS[split]} if p != first]
+    pool.sort()
+    return [first, *(pool[i] for i in rng.choice(len(pool), n - 1, replace=False))]
+
+
+def _place(
+    rng: np.random.Generator,
+    others: list[Thing],
+    color: str,
+    shape: str,
+    size: str,
+    relation: str | None,
+    word: str | None,
+    word_at_top: bool,
+) -> Thing | None:
+    """A thing that neither touches the border, the word's strip or another thing; None after 40 tries."""
+    radius = float(rng.uniform(*RADII[size]))
+    low, high = radius + 2, SIZE - radius - 2
+    top = low + (WORD_BAND if word and word_at_top else 0)
+    bottom = high - (WORD_BAND if word and not word_at_top else 0)
+    for _ in range(40):
+        x, y = float(rng.uniform(low, high)), float(rng.uniform(top, bottom))
+        thing = Thing(shape=shape, color=color, size=size, x=x, y=y, radius=radius)
+        if any(np.hypot(x - o.x, y - o.y) < radius + o.radius + 3 for o in others):
+            continue
+        if relation and others and not holds(relation, others[0], thing):
+            continue
+        return thing
+    return None
+
+
+def holds(relation: str, subject: Thing, other: Thing) -> bool:
+    """Whether `subject` is `relation` `other`, clearly: 16 px apart along its axis and at most 12 px off it."""
+    dx, dy = other.x - subject.x, other.y - subject.y
+    along, off = (dx, dy) if relation in ("left of", "right of") else (dy, dx)
+    if relation in ("right of", "below"):
+        along = -along
+    return along >= 16 and abs(off) <= 12
+
+
+def break_scene(scene: Scene, rng: np.random.Generator) -> tuple[Scene, str]:
+    """The scene with exactly one thing about it changed, and what: colour, shape, count, size, relation,
+    background, word or style. The new value is never one the scene already has for that fact."""
+    ways = ["color", "shape", "count", "background"]
+    ways += ["size"] if all(t.size != "medium" for t in scene.things) else []
+    ways += ["relation"] if scene.relation else []
+    ways += ["word"] if scene.word else []
+    ways += ["style"] if scene.style else []
+    way = str(rng.choice(ways))
+    first = scene.things[0]
+    same = [t for t in scene.things if (t.color, t.shape) == (first.color, first.shape)]
+
+    def other(options: object, *used: object) -> str:
+        return str(rng.choice([o for o in options if o not in used]))  # type: ignore[attr-defined]
+
+    def change(**fields: object) -> tuple[Thing, ...]:
+        return tuple(replace(t, **fields) if t in same else t for t in scene.things)  # type: ignore[arg-type]
+
+    match way:
+        case "color":
+            return replace(scene, things=change(color=other(COLORS, *(t.color for t in scene.things)))), way
+        case "shape":
+            return replace(scene, things=change(shape=other(SHAPES, *(t.shape for t in scene.things)))), way
+        case "background":
+            return replace(scene, background=other(BACKGROUNDS, scene.background)), way
+        case "word":
+            return replace(scene, word=other(WORDS, scene.word)), way
+        case "style":
+            return replace(scene, style=None), way
+        case "relation":
+            a, b, *rest = scene.things
+            swapped = (replace(a, x=b.x, y=b.y, radius=min(a.radius, b.radius)),
+                       replace(b, x=a.x, y=a.y, radius=min(a.radius, b.radius)), *rest)
+            return replace(scene, things=swapped), way
+        case "size":
+            size = "small" if first.size == "large" else "large"
+            return replace(scene, things=change(size=size, radius=float(np.mean(RADII[size])))), way
+        case _:
+            return _change_count(scene, same, rng), way
+
+
+def _change_count(scene: Scene, same: list[Thing], rng: np.random.Generator) -> Scene:
+    """One more of the first kind of thing if there is room, else one fewer."""
+    if len(scene.things) < 4:
+        more = _place(rng, list(scene.things), same[0].color, same[0].shape, "small", None,
+                      scene.word, scene.word_at_top)
+        if more is not None:
+            return replace(scene, things=(*scene.things, replace(more, size=same[0].size)))
+    return replace(scene, things=tuple(t for t in scene.things if t is not same[-1]))
