@@ -1,0 +1,1 @@
+"""One file per algorithm: paper and formula, config, pure loss, step."""

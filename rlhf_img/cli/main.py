@@ -1,0 +1,52 @@
+"""The command `rlhf-img`: every command in one app, and errors of the user without a traceback."""
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from rlhf_img import __version__
+from rlhf_img.cli import align, look, playground, report, reward, rubric
+from rlhf_img.errors import RlhfImgError
+
+app = typer.Typer(
+    help="Align flow-matching image models: rubrics and artifact rewards, GRPO, and a report one can believe.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+
+
+@app.callback(invoke_without_command=True)
+def _version(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+app.command("grpo")(align.grpo)
+app.command("sample")(look.sample)
+app.command("eval")(look.evaluate)
+app.command("report")(report.report)
+app.add_typer(rubric.app, name="rubric")
+app.add_typer(reward.app, name="reward")
+app.add_typer(playground.app, name="playground")
+
+
+def main() -> None:
+    """Runs the command line. Exit codes: 0 done, 2 user error, 1 our error, 3 stopped by a check."""
+    # Progress bars of libraries would write over ours.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    try:
+        app()
+    except RlhfImgError as error:
+        typer.secho(f"error: {error}", err=True, fg="red")
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        typer.secho("interrupted: go on from the last checkpoint with --resume", err=True, fg="yellow")
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

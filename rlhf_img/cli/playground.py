@@ -1,0 +1,63 @@
+"""`rlhf-img playground`: look at the embedded world, and make its model again."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(help="The embedded world and its model.", no_args_is_help=True)
+
+
+@app.command()
+def render(
+    out: Annotated[Path, typer.Option(help="The picture to write.")] = Path("playground.png"),
+    split: Annotated[str, typer.Option(help="train, val or heldout.")] = "train",
+    seed: Annotated[int, typer.Option(help="First seed.")] = 0,
+    count: Annotated[int, typer.Option(min=1, help="Scenes.")] = 24,
+    scale: Annotated[int, typer.Option(min=1, help="Size of a pixel.")] = 2,
+) -> None:
+    """Draw scenes of the playground and print their captions.
+
+    Example: rlhf-img playground render --split heldout --count 12 --out heldout.png
+    """
+    import numpy as np
+    from PIL import Image
+
+    from rlhf_img.errors import RlhfImgError, did_you_mean
+    from rlhf_img.playground.data import example
+    from rlhf_img.playground.scene import PAIRS
+
+    if split not in PAIRS:
+        raise RlhfImgError(f'there is no split "{split}"; {did_you_mean(split, PAIRS)}')
+    examples = [example(seed + i, split) for i in range(count)]  # type: ignore[arg-type]
+    columns = min(count, 8)
+    side = examples[0].image.shape[0]
+    page = np.zeros((-(-count // columns) * side, columns * side, 3), np.uint8)
+    for i, item in enumerate(examples):
+        y, x = i // columns * side, i % columns * side
+        page[y : y + side, x : x + side] = item.image
+        typer.echo(f"{i:3}  {item.caption}")
+    picture = Image.fromarray(page)
+    picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST).save(out)
+    typer.echo(out)
+
+
+@app.command()
+def pretrain(
+    out: Annotated[Path, typer.Option(help="The pipeline folder to write.")] = Path("playground-model"),
+    work: Annotated[
+        Path, typer.Option(help="Checkpoints and picture grids; a killed run goes on from here.")
+    ] = Path("runs/pretrain"),
+    seed: Annotated[int, typer.Option(help="Of weights and batches.")] = 0,
+) -> None:
+    """Make the embedded model from rendered scenes alone: text encoder, autoencoder, diffusion transformer.
+
+    Takes about two hours on two CPU cores, and minutes on a GPU; run it again to go on after an interruption.
+
+    Example: rlhf-img playground pretrain --out my-model && rlhf-img grpo --model my-model --prompts prompts.txt
+    """
+    from rlhf_img.playground.pretrain import PretrainConfig
+    from rlhf_img.playground.pretrain import pretrain as make
+
+    make(PretrainConfig(seed=seed), work, out)
+    typer.echo(f"{out}: measure it with: rlhf-img eval {out}")

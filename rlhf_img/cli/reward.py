@@ -1,0 +1,169 @@
+"""`rlhf-img reward`: list the rewards there are, score images with them, train the ones that are learned."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from rlhf_img.errors import RlhfImgError
+
+if TYPE_CHECKING:
+    from rlhf_img.rewards import Images, Scores
+    from rlhf_img.rubrics.schema import Rubric
+
+app = typer.Typer(help="List rewards, score images, train the rewards that are learned.", no_args_is_help=True)
+train = typer.Typer(help="Train a learned reward.", no_args_is_help=True)
+app.add_typer(train, name="train")
+
+
+@app.command("list")
+def list_rewards(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show every reward that can be asked for by name.
+
+    Example: rlhf-img reward list
+    """
+    from rlhf_img.rewards import known_rewards
+
+    rows = [_row(name, source) for name, source in known_rewards().items()]
+    if as_json:
+        typer.echo(json.dumps(rows, indent=2))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("name", "role", "range", "source", "what it scores")
+    for row in rows:
+        table.add_row(*(row[key] for key in ("name", "role", "range", "source", "about")))
+    Console().print(table)
+
+
+@app.command("score")
+def score_images(
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGES...", help="Image files of one size.")],
+    prompt: Annotated[str, typer.Option(help="What the images should show.")],
+    rewards: Annotated[
+        str, typer.Option(metavar="SPEC", help='Such as "rubric,artifact" or "my_rewards.py:neon".')
+    ] = "rubric,artifact",
+    rubric: Annotated[
+        Path | None, typer.Option(help="A rubric file to use instead of decomposing the prompt.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Score images with rewards, without training anything.
+
+    Example: rlhf-img reward score a.png b.png --prompt "two red circles on grey" --rewards rubric,artifact
+    """
+    from rlhf_img.rewards import load_rewards, score
+
+    chosen = load_rewards(rewards)
+    batch = _open(images)
+    columns: dict[str, list[Any]] = {} if rubric is None else {"rubrics": [_rubric(rubric)] * len(batch)}
+    scores = score(chosen, [prompt] * len(batch), batch, columns, max_unscored=1.0)
+    if as_json:
+        typer.echo(json.dumps(_as_json(images, scores), indent=2))
+        return
+    _print_scores(images, scores)
+
+
+@train.command("artifact")
+def train_artifact(
+    out: Annotated[Path, typer.Option(help="The weights to write; their card goes beside them.")] = Path(
+        "artifact.safetensors"
+    ),
+    steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps [default: as for the shipped one].")] = None,
+    seed: Annotated[int, typer.Option(help="Of everything.")] = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from where a run to the same --out stopped.")] = False,
+) -> None:
+    """Remake the artifact reward's weights from the playground's renderer; minutes on one CPU core.
+
+    Example: rlhf-img reward train artifact --out my/artifact.safetensors --resume
+
+    Use them with the reward {reward: artifact, options: {weights: my/artifact.safetensors}}.
+    """
+    from dataclasses import replace
+
+    from rich.progress import Progress
+
+    from rlhf_img.rewards.artifact_training import ArtifactTraining
+    from rlhf_img.rewards.artifact_training import train_artifact as fit
+
+    config = ArtifactTraining(seed=seed)
+    config = config if steps is None else replace(config, steps=steps)
+    with Progress(transient=True) as bar:
+        task = bar.add_task("training", total=config.steps)
+
+        def show(step: int, loss: float) -> None:
+            bar.update(task, completed=step, description=f"loss {loss:.3f}")
+
+        card = fit(out, config, resume=resume, progress=show)
+    typer.echo(json.dumps(card["heldout"], indent=2))
+    typer.echo(f"Wrote {out} and {out.with_suffix('.json')}")
+
+
+def _row(name: str, source: str) -> dict[str, str]:
+    """One line of the list; a plug-in that does not load is shown with the reason, not left out."""
+    from rlhf_img.rewards import load_rewards
+
+    try:
+        (reward,) = load_rewards([{"reward": name}])
+    except RlhfImgError as error:
+        return {"name": name, "role": "-", "range": "-", "source": source, "about": f"does not load: {error}"}
+    low, high = reward.range
+    about = (_doc(reward.fn) or "").strip().partition("\n")[0]
+    return {"name": name, "role": reward.role, "range": f"{low:g} to {high:g}", "source": source, "about": about}
+
+
+def _doc(fn: Callable[..., Any]) -> str | None:
+    return fn.__doc__
+
+
+def _open(paths: list[Path]) -> "Images":
+    from PIL import Image, UnidentifiedImageError
+
+    from rlhf_img.rewards import Images
+
+    opened = []
+    for path in paths:
+        try:
+            opened.append(Image.open(path).convert("RGB"))
+        except (OSError, UnidentifiedImageError) as error:
+            raise RlhfImgError(f"{path} cannot be read as an image: {error}") from error
+    return Images.from_pil(opened)
+
+
+def _rubric(path: Path) -> "Rubric":
+    from rlhf_img.rubrics.schema import load_rubrics
+
+    rubrics = load_rubrics(path)
+    if len(rubrics) != 1:
+        raise RlhfImgError(f"{path} holds {len(rubrics)} rubrics; one prompt is scored with one")
+    return rubrics[0]
+
+
+def _as_json(paths: list[Path], scores: "Scores") -> dict[str, Any]:
+    rows = [[None if math.isnan(value) else value for value in row] for row in scores.values_BK.tolist()]
+    return {
+        "scores": [{"image": str(path), **dict(zip(scores.names, row, strict=True))}
+                   for path, row in zip(paths, rows, strict=True)],
+        "unscored": dict(scores.unscored),
+        "seconds": dict(scores.seconds),
+    }
+
+
+def _print_scores(paths: list[Path], scores: "Scores") -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("image", *scores.names)
+    for path, row in zip(paths, scores.values_BK.tolist(), strict=True):
+        table.add_row(str(path), *("unscored" if math.isnan(value) else f"{value:.3f}" for value in row))
+    console = Console()
+    console.print(table)
+    for name, reasons in scores.unscored.items():
+        for reason, count in reasons.items():
+            console.print(f"{name}: {count} unscored: {reason}", markup=False)

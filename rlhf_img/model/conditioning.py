@@ -1,0 +1,96 @@
+"""Prompts as the transformer reads them: encoded and fused once, without padding, and kept."""
+
+from collections import OrderedDict, defaultdict
+from collections.abc import Sequence
+
+import torch
+from diffusers import Krea2Pipeline
+from jaxtyping import Float
+from torch import Tensor
+
+from rlhf_img.model.forward import by_length, fuse_text
+from rlhf_img.model.loading import Model
+
+MAX_TOKENS = 512
+"""Prompt and suffix tokens at most, as in the stock pipeline; a longer prompt is cut there."""
+
+
+class Conditioner:
+    """Turns prompts into fused text features, with a least-recently-used cache of at most `cache_bytes`.
+
+    The stock layout, [34-token prefix | prompt | padding | 5-token suffix], minus the padding: it takes no position
+    and is never attended to, so the features are the same without it. While the fusion weights are frozen the fused
+    features are kept; while they are trained, the encoder's states are, and every call fuses them with gradients.
+    """
+
+    def __init__(self, model: Model, *, cache_bytes: int = 256 * 2**20, batch_size: int = 64) -> None:
+        stock: Krea2Pipeline = model.pipeline()
+        self._model = model
+        self._prefix: str = stock.prompt_template_encode_prefix
+        self._drop: int = stock.prompt_template_encode_start_idx
+        self._suffix: list[int] = model.tokenizer(stock.prompt_template_encode_suffix)["input_ids"]
+        self._cache_bytes = cache_bytes
+        self._batch_size = batch_size
+        self._used = 0
+        self._cache: OrderedDict[tuple[str, bool], Tensor] = OrderedDict()
+
+    def encode(self, prompts: Sequence[str]) -> list[Float[Tensor, "_ D"]]:
+        """Fused features (L, D) of every prompt, on the transformer's device and in its dtype; L counts prompt and suffix."""
+        transformer = self._model.transformer
+        fusion = [*transformer.text_fusion.parameters(), *transformer.txt_in.parameters()]
+        trained = any(p.requires_grad for p in fusion)
+        kept = self._look_up(dict.fromkeys(prompts), fused=not trained)
+        if not trained:
+            return [kept[prompt] for prompt in prompts]
+        fused: dict[int, Tensor] = {}
+        for rows, hidden in by_length([kept[prompt] for prompt in prompts]):
+            fused.update(zip(rows, fuse_text(transformer, hidden), strict=True))
+        return [fused[i] for i in range(len(prompts))]
+
+    def clear(self) -> None:
+        """Forget everything: call it when the weights of the text encoder or the fusion have changed."""
+        self._cache.clear()
+        self._used = 0
+
+    def _look_up(self, prompts: Sequence[str] | dict[str, None], *, fused: bool) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for prompt in prompts:
+            if (prompt, fused) in self._cache:
+                self._cache.move_to_end((prompt, fused))
+                found[prompt] = self._cache[prompt, fused]
+        by_tokens: defaultdict[int, list[tuple[str, list[int]]]] = defaultdict(list)
+        for prompt in prompts:
+            if prompt not in found:
+                ids = self._tokens(prompt)
+                by_tokens[len(ids)].append((prompt, ids))
+        for group in by_tokens.values():
+            for start in range(0, len(group), self._batch_size):
+                part = group[start : start + self._batch_size]
+                features = self._features([ids for _, ids in part], fused=fused)
+                for (prompt, _), row in zip(part, features, strict=True):
+                    found[prompt] = row.clone()  # its own storage: a view would keep the whole batch alive
+                    self._keep((prompt, fused), found[prompt])
+        return found
+
+    def _tokens(self, prompt: str) -> list[int]:
+        room = self._drop + MAX_TOKENS - len(self._suffix)
+        ids: list[int] = self._model.tokenizer(self._prefix + prompt, truncation=True, max_length=room)["input_ids"]
+        return ids + self._suffix
+
+    @torch.no_grad()
+    def _features(self, ids: list[list[int]], *, fused: bool) -> Tensor:
+        """Tapped states (B, L, T, E), or fused features (B, L, D), of token lists of one length."""
+        encoder = self._model.text_encoder
+        tokens = torch.tensor(ids, device=encoder.device)
+        positions = torch.arange(tokens.shape[1], device=encoder.device).expand(3, *tokens.shape)
+        states = encoder(input_ids=tokens, position_ids=positions, output_hidden_states=True).hidden_states
+        hidden = torch.stack([states[i][:, self._drop :] for i in self._model.text_layers], dim=2)
+        hidden = hidden.to(self._model.device)
+        return fuse_text(self._model.transformer, hidden) if fused else hidden
+
+    def _keep(self, key: tuple[str, bool], features: Tensor) -> None:
+        self._cache[key] = features
+        self._used += features.nbytes
+        while self._used > self._cache_bytes:
+            _, oldest = self._cache.popitem(last=False)
+            self._used -= oldest.nbytes

@@ -1,0 +1,162 @@
+"""Loading the components of a stock Krea 2 pipeline, from the package, a folder or a model hub."""
+
+import json
+import re
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+import torch
+from diffusers import (
+    AutoencoderKLQwenImage,
+    FlowMatchEulerDiscreteScheduler,
+    Krea2Pipeline,
+    Krea2Transformer2DModel,
+)
+from transformers import PreTrainedTokenizerBase, Qwen3VLModel
+
+from rlhf_img.errors import RlhfImgError
+from rlhf_img.model.forward import use_native_gqa
+
+PLAYGROUND = "playground"
+SETTINGS_FILE = "rlhf_img.json"
+"""Optional, beside model_index.json: {"default_size": side in pixels}. The stock pipeline does not read it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Model:
+    """The stock modules of one Krea 2, frozen and in eval mode; LoRA roles are added to `transformer`."""
+
+    transformer: Krea2Transformer2DModel
+    vae: AutoencoderKLQwenImage
+    text_encoder: Qwen3VLModel
+    tokenizer: PreTrainedTokenizerBase
+    scheduler: FlowMatchEulerDiscreteScheduler
+    text_layers: tuple[int, ...]
+    """Which hidden states of the text encoder are tapped; 0 is the embedding."""
+    patch_size: int
+    """Side, in latent pixels, of the patch that is one token."""
+    is_distilled: bool
+    """A few-step checkpoint (Turbo): its schedule does not depend on the resolution."""
+    default_size: int
+    """Height and width, in pixels, when nothing else is said."""
+    source: str
+    """What `load` was given."""
+
+    @property
+    def device(self) -> torch.device:
+        return self.transformer.img_in.weight.device
+
+    @property
+    def token_pixels(self) -> int:
+        """Side, in image pixels, of one token: the autoencoder's factor times the patch."""
+        return int(2 ** len(self.vae.temperal_downsample)) * self.patch_size
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of tokens of an image of this many pixels; RlhfImgError where they are not whole."""
+        side = self.token_pixels
+        if height < side or width < side or height % side or width % side:
+            raise RlhfImgError(f"height and width must be positive multiples of {side} pixels; got {height} x {width}")
+        return height // side, width // side
+
+    def pipeline(self) -> Krea2Pipeline:
+        """A stock pipeline over these same modules: it sees the same weights and the same active LoRA role."""
+        return Krea2Pipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler.from_config(self.scheduler.config),
+            vae=self.vae,
+            text_encoder=self.text_encoder,
+            tokenizer=self.tokenizer,
+            transformer=self.transformer,
+            text_encoder_select_layers=self.text_layers,
+            is_distilled=self.is_distilled,
+            patch_size=self.patch_size,
+        )
+
+
+def from_pipeline(pipeline: Krea2Pipeline, *, source: str = "memory", default_size: int = 1024) -> Model:
+    """A Model over the modules of a stock pipeline, which are frozen and set to eval mode in place."""
+    for module in (pipeline.transformer, pipeline.vae, pipeline.text_encoder):
+        module.eval().requires_grad_(False)
+    use_native_gqa(pipeline.transformer)
+    return Model(
+        transformer=pipeline.transformer,
+        vae=pipeline.vae,
+        text_encoder=pipeline.text_encoder,
+        tokenizer=pipeline.tokenizer,
+        scheduler=pipeline.scheduler,
+        text_layers=tuple(pipeline.text_encoder_select_layers),
+        patch_size=pipeline.patch_size,
+        is_distilled=pipeline.config.is_distilled,
+        default_size=default_size,
+        source=source,
+    )
+
+
+def load(name: str | Path, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Model:
+    """The model called `name`: "playground", a local diffusers folder, or a hub id such as "krea/Krea-2-Raw".
+
+    `device` defaults to CUDA where there is one, else the CPU; `dtype` (of the frozen base) to bfloat16 on CUDA and
+    float32 elsewhere. Raises RlhfImgError if there is no such model or it is not a Krea 2.
+    """
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    folder = _local_folder(name)
+    try:
+        pipeline = Krea2Pipeline.from_pretrained(str(folder or name), torch_dtype=dtype)
+    except (OSError, ValueError) as error:
+        advice = (
+            "check that the folder is complete, or save it again"
+            if folder
+            else "check the id, your connection and, for a gated model, that you accepted its licence and are logged in"
+        )
+        raise RlhfImgError(f'could not load the model "{name}": {_first_line(error)}; {advice}') from error
+    return from_pipeline(pipeline.to(device), source=str(name), default_size=_default_size(folder))
+
+
+def _local_folder(name: str | Path) -> Path | None:
+    """The checked diffusers folder of `name`, or None if it is a hub id."""
+    if name == PLAYGROUND:
+        folder = Path(str(resources.files("rlhf_img"))) / "playground" / "weights"
+        if not (folder / "model_index.json").is_file():
+            raise RlhfImgError(
+                "the embedded model's weights are not in this installation; make them: rlhf-img playground pretrain"
+            )
+        return folder
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        if isinstance(name, str) and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
+            return None
+        raise RlhfImgError(
+            f'there is no model "{name}"; give "{PLAYGROUND}", a folder that holds a diffusers Krea 2 '
+            'pipeline, or a hub id such as "krea/Krea-2-Raw"'
+        )
+    index = folder / "model_index.json"
+    if not index.is_file():
+        raise RlhfImgError(f'the folder "{name}" has no model_index.json; give a folder saved by diffusers')
+    kind = _read_json(index).get("_class_name")
+    if kind != "Krea2Pipeline":
+        raise RlhfImgError(f'the folder "{name}" holds a {kind}; only Krea2Pipeline models can be aligned')
+    return folder
+
+
+def _default_size(folder: Path | None) -> int:
+    if folder is None or not (folder / SETTINGS_FILE).is_file():
+        return 64 if folder is not None and folder.parent.name == PLAYGROUND else 1024
+    size = _read_json(folder / SETTINGS_FILE).get("default_size")
+    if not isinstance(size, int) or size <= 0:
+        raise RlhfImgError(f"{folder / SETTINGS_FILE}: default_size must be a positive whole number; got {size!r}")
+    return size
+
+
+def _read_json(path: Path) -> dict[str, object]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RlhfImgError(f"{path} is not JSON: {error}; save the model again") from error
+    if not isinstance(content, dict):
+        raise RlhfImgError(f"{path} must hold a JSON object; got a {type(content).__name__}")
+    return content
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

@@ -1,0 +1,133 @@
+"""Roles (policy, student, critic, ...) as LoRA adapters over one frozen base; the reference is the base itself."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from diffusers import Krea2Transformer2DModel
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from rlhf_img.errors import RlhfImgError, did_you_mean
+
+TARGETS = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_gate", "attn.to_out.0", "ff.gate", "ff.up", "ff.down")
+"""Every linear layer of a transformer block."""
+
+
+def add_role(
+    transformer: Krea2Transformer2DModel,
+    name: str,
+    *,
+    rank: int = 32,
+    alpha: float = 64.0,
+    targets: Sequence[str] = TARGETS,
+    seed: int = 0,
+) -> None:
+    """Add the adapter `name` to the layers `targets` of every block, without making it the active one.
+
+    It changes nothing at first (B = 0); its scale is alpha / rank. Its parameters are float32 whatever the base is,
+    depend on `seed` alone, and are trainable. The text fusion cannot be a target: fused prompts serve every role.
+    Raises RlhfImgError for a name in use or not an identifier, an unknown target, or a rank below 1.
+    """
+    if not name.isidentifier() or name in roles(transformer):
+        raise RlhfImgError(f'a role needs a new name of letters, digits and underscores; got "{name}"')
+    if rank < 1 or not targets:
+        raise RlhfImgError(f"a role needs a rank of 1 or more and at least one target; got {rank} and {list(targets)}")
+    if unknown := [target for target in targets if target not in TARGETS]:
+        raise RlhfImgError(f'"{unknown[0]}" is not a layer of a block; {did_you_mean(unknown[0], TARGETS)}')
+    modules = [f"transformer_blocks.{i}.{t}" for i in range(len(transformer.transformer_blocks)) for t in targets]
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=modules)
+    with keep_state(transformer), torch.random.fork_rng(devices=[]):  # peft draws weights of its own: not used
+        transformer.add_adapter(config, adapter_name=name)
+    adopt(transformer, name)
+    generator = torch.Generator().manual_seed(seed)
+    for key, parameter in role_parameters(transformer, name).items():
+        value = torch.zeros(parameter.shape)
+        if key.endswith("lora_A"):
+            nn.init.kaiming_uniform_(value, a=5**0.5, generator=generator)
+        parameter.data.copy_(value)
+
+
+def adopt(transformer: Krea2Transformer2DModel, name: str) -> None:
+    """Make the parameters of an adapter that is there already float32 and trainable."""
+    for parameter in role_parameters(transformer, name).values():
+        parameter.data = parameter.data.float()
+        parameter.requires_grad_(True)
+
+
+def roles(transformer: Krea2Transformer2DModel) -> list[str]:
+    """Names of all adapters, in the order they were added."""
+    return list(dict.fromkeys(name for layer in _layers(transformer).values() for name in layer.lora_A))
+
+
+def role_parameters(transformer: Krea2Transformer2DModel, name: str) -> dict[str, nn.Parameter]:
+    """The parameters of one role by layer; the keys of two roles with the same targets are equal."""
+    _require(transformer, name)
+    return {
+        f"{path}.{part}": adapters[name].weight
+        for path, layer in _layers(transformer).items()
+        for part, adapters in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B))
+        if name in adapters
+    }
+
+
+def active_role(transformer: Krea2Transformer2DModel) -> str | None:
+    """The role that a forward uses now; None is the reference."""
+    layer = next(iter(_layers(transformer).values()), None)
+    if layer is None or layer.disable_adapters or not layer.active_adapters:
+        return None
+    if len(layer.active_adapters) > 1:
+        raise RlhfImgError(f"several LoRAs are active at once: {layer.active_adapters}; activate one")
+    return str(layer.active_adapters[0])
+
+
+@contextmanager
+def role(transformer: Krea2Transformer2DModel, name: str | None) -> Iterator[None]:
+    """Inside, the transformer acts as the role `name`, or with None as the reference; then as it did before.
+
+    What requires a gradient is not touched: only the active role takes part in a forward, and so only it gets
+    gradients, also if `backward` comes after the block. With gradient checkpointing, which repeats the forward,
+    `backward` must be inside. Raises RlhfImgError for an unknown role.
+    """
+    before = active_role(transformer)
+    _activate(transformer, name)
+    try:
+        yield
+    finally:
+        _activate(transformer, before)
+
+
+def _layers(transformer: Krea2Transformer2DModel) -> dict[str, LoraLayer]:
+    return {path: module for path, module in transformer.named_modules() if isinstance(module, LoraLayer)}
+
+
+def _require(transformer: Krea2Transformer2DModel, name: str) -> None:
+    known = roles(transformer)
+    if name not in known:
+        raise RlhfImgError(f'there is no role "{name}"; {did_you_mean(name, known)}')
+
+
+def _activate(transformer: Krea2Transformer2DModel, name: str | None) -> None:
+    if name is not None:
+        _require(transformer, name)
+    layers = _layers(transformer).values()
+    # peft freezes what it deactivates; a graph built before would then drop its gradients without a word.
+    trainable = {p: p.requires_grad for layer in layers for p in layer.parameters()}
+    for layer in layers:
+        if name is not None:
+            layer.set_adapter(name)
+        layer.enable_adapters(name is not None)
+    for parameter, flag in trainable.items():
+        parameter.requires_grad_(flag)
+
+
+@contextmanager
+def keep_state(transformer: Krea2Transformer2DModel) -> Iterator[None]:
+    """Adding an adapter makes it active and others frozen; undo both."""
+    before = active_role(transformer)
+    trainable = {p: p.requires_grad for p in transformer.parameters()}
+    yield
+    _activate(transformer, before)
+    for parameter, flag in trainable.items():
+        parameter.requires_grad_(flag)

@@ -1,0 +1,91 @@
+"""What is being trained: a LoRA role over the frozen base, or the base's blocks themselves, with an average and a
+reference to measure against."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from diffusers import Krea2Transformer2DModel
+from torch import Tensor, nn
+
+from rlhf_img.model.lora import TARGETS, add_role, role, role_parameters
+
+POLICY = "policy"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoRAConfig:
+    """Size of the policy's adapter."""
+
+    rank: int = 32
+    """Rank of the update of each layer. Flow-GRPO and miles train Krea-2-Raw with 32."""
+    alpha: float = 64.0
+    """The update is scaled by alpha / rank."""
+    targets: tuple[str, ...] = TARGETS
+    """Layers of every transformer block that get an update."""
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """A trainable view of a transformer. The text fusion is never trained, so that fused prompts stay valid."""
+
+    transformer: Krea2Transformer2DModel
+    parameters: dict[str, nn.Parameter]
+    average: dict[str, Tensor]
+    """Exponential moving average of `parameters`: what is evaluated and exported."""
+    frozen: Krea2Transformer2DModel | None
+    """The reference of full fine-tuning: a copy of the base. With LoRA the base itself is the reference."""
+
+    @contextmanager
+    def acting(self) -> Iterator[Krea2Transformer2DModel]:
+        """The transformer as the policy."""
+        with role(self.transformer, None if self.frozen else POLICY):
+            yield self.transformer
+
+    @contextmanager
+    def reference(self) -> Iterator[Krea2Transformer2DModel]:
+        """The transformer as it was before training, without gradients."""
+        with torch.no_grad():
+            if self.frozen is not None:
+                yield self.frozen
+            else:
+                with role(self.transformer, None):
+                    yield self.transformer
+
+    @contextmanager
+    def averaged(self) -> Iterator[Krea2Transformer2DModel]:
+        """The transformer as the policy with its averaged weights; the trained ones come back afterwards."""
+        kept = {name: p.detach().clone() for name, p in self.parameters.items()}
+        self._write(self.average)
+        try:
+            with self.acting() as transformer:
+                yield transformer
+        finally:
+            self._write(kept)
+
+    @torch.no_grad()
+    def update_average(self, decay: float) -> None:
+        """average <- decay average + (1 - decay) parameters."""
+        torch._foreach_lerp_(list(self.average.values()), [p.detach() for p in self.parameters.values()], 1 - decay)
+
+    @torch.no_grad()
+    def _write(self, values: dict[str, Tensor]) -> None:
+        for name, parameter in self.parameters.items():
+            parameter.copy_(values[name])
+
+
+def make_policy(transformer: Krea2Transformer2DModel, lora: LoRAConfig | None, seed: int) -> Policy:
+    """A LoRA policy that equals the base at first, or with `lora` None all weights of the base's blocks."""
+    frozen = None
+    if lora is None:
+        frozen = copy.deepcopy(transformer).requires_grad_(False)
+        parameters = dict(transformer.transformer_blocks.named_parameters())
+        for parameter in parameters.values():
+            parameter.requires_grad_(True)
+    else:
+        add_role(transformer, POLICY, rank=lora.rank, alpha=lora.alpha, targets=lora.targets, seed=seed)
+        parameters = role_parameters(transformer, POLICY)
+    average = {name: p.detach().clone() for name, p in parameters.items()}
+    return Policy(transformer, parameters, average, frozen)

@@ -1,0 +1,206 @@
+"""`rlhf-img playground pretrain`: makes the embedded model from nothing but rendered scenes.
+
+Four stages, each resumable: a tokenizer and a text encoder (a causal language model that reads a caption in Krea's
+chat template and answers with the scene's description), the autoencoder, latents and text features of the training
+set computed once, and the DiT by flow matching with dropped captions and an averaged copy of the weights.
+"""
+
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKLQwenImage, Krea2Pipeline
+from PIL import Image
+from torch import Tensor
+
+from rlhf_img.model.vae import single_frame
+from rlhf_img.playground import build
+from rlhf_img.playground.data import WRONG_CAPTIONS, describe, example, prompts
+from rlhf_img.playground.fit import FitConfig, fit
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PretrainConfig:
+    """The recipe of the embedded model."""
+
+    seed: int = 0
+    scenes: int = 80_000
+    """Training scenes of the DiT."""
+    vae: FitConfig = FitConfig(steps=3600, lr=1.5e-3, ema=0.995)
+    text: FitConfig = FitConfig(steps=1000, lr=2e-3)
+    dit: FitConfig = FitConfig(steps=9000, lr=1.5e-3, ema=0.998, save_every=500)
+    batch: int = 64
+    """Examples a step of the text encoder and the DiT; the autoencoder takes a quarter of it."""
+    drop: float = 0.1
+    """Share of DiT batches without a caption, which is what guidance subtracts."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cache:
+    """The DiT's training set: packed latents, and text features grouped by prompt length so that no batch pads."""
+
+    latents_BNC: Tensor
+    features_BLKD: dict[int, Tensor]
+    """Prompt length L -> (examples of that length, L, tapped layers, width)."""
+    members_B: dict[int, Tensor]
+    """Prompt length L -> indices of those examples into `latents_BNC`."""
+    empty_LKD: Tensor
+
+
+def pretrain(config: PretrainConfig, work: Path, out: Path) -> None:
+    """Runs every stage that is not done yet, in `work`, and writes the pipeline folder `out`."""
+    work.mkdir(parents=True, exist_ok=True)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    pipe = build.build_pipeline((example(i).caption for i in range(5000)), config.seed).to(device)
+    train_text(pipe, config, work)
+    train_vae(pipe.vae, config, work)
+    train_dit(pipe, make_cache(pipe, config, work), config, work)
+    save(pipe, out)
+
+
+def train_text(pipe: Krea2Pipeline, config: PretrainConfig, work: Path) -> None:
+    """Causal language modelling of caption and description in the chat template."""
+    encoder, tokenizer = pipe.text_encoder, pipe.tokenizer
+    device = encoder.device
+
+    def loss_fn(step: int) -> Tensor:
+        items = [example(10_000_000 + step * config.batch + i) for i in range(config.batch)]
+        texts = [build.PREFIX + e.caption + build.SUFFIX + describe(e.scene) + "<|im_end|>" for e in items]
+        tokens = tokenizer(texts, padding=True, return_tensors="pt").to(device)
+        hidden = encoder(**tokens).last_hidden_state[:, 33:-1]
+        logits = hidden @ encoder.get_input_embeddings().weight.T
+        target = tokens.input_ids[:, 34:].masked_fill(tokens.attention_mask[:, 34:] == 0, -100)
+        return F.cross_entropy(logits.flatten(0, 1).float(), target.flatten())
+
+    fit("text", encoder, loss_fn, config.text, work)
+
+
+def train_vae(vae: AutoencoderKLQwenImage, config: PretrainConfig, work: Path) -> None:
+    """Reconstruction (L1 and edges) with a light KL; then the latents' mean and deviation go into the config."""
+    device = vae.device
+
+    def loss_fn(step: int) -> Tensor:
+        count = config.batch // 4
+        x = _pixels([example(20_000_000 + step * count + i).image for i in range(count)]).to(device)
+        posterior = vae.encode(x[:, :, None]).latent_dist
+        y = vae.decode(posterior.sample()).sample[:, :, 0]
+        edges = sum((x.diff(dim=d) - y.diff(dim=d)).abs().mean() for d in (2, 3))
+        kl = (posterior.mean**2 + posterior.var - 1 - posterior.logvar).mean() / 2
+        return (x - y).square().mean() + 0.3 * (x - y).abs().mean() + 0.2 * edges + 1e-4 * kl
+
+    def preview(step: int) -> None:
+        x = _pixels([example(30_000_000 + i).image for i in range(16)]).to(device)
+        with torch.no_grad():
+            y = vae.decode(vae.encode(x[:, :, None]).latent_dist.mode()).sample[:, :, 0]
+        save_grid(torch.cat([x, y]) / 2 + 0.5, work / f"vae_{step:06d}.png", columns=16)
+
+    with single_frame(vae):
+        fit("vae", vae, loss_fn, config.vae, work, preview)
+        with torch.no_grad():
+            x = _pixels([example(40_000_000 + i).image for i in range(1024)]).to(device)
+            z = torch.cat([vae.encode(part[:, :, None]).latent_dist.mode() for part in x.split(64)])
+    vae.register_to_config(
+        latents_mean=[round(v, 5) for v in z.mean((0, 2, 3, 4)).tolist()],
+        latents_std=[round(v, 5) for v in z.std((0, 2, 3, 4)).tolist()],
+    )
+
+
+@torch.no_grad()
+def make_cache(pipe: Krea2Pipeline, config: PretrainConfig, work: Path) -> Cache:
+    """Latents and text features of every training example, computed once and kept in `work`."""
+    file = work / "cache.pt"
+    if file.exists():
+        return Cache(*torch.load(file, weights_only=True))
+    mean, std = (torch.tensor(v, device=pipe.vae.device)[:, None, None] for v in
+                 (pipe.vae.config.latents_mean, pipe.vae.config.latents_std))
+    latents, by_length = [], defaultdict(list)
+    with single_frame(pipe.vae):
+        for start in range(0, config.scenes, 128):
+            items = [example(i, wrong_captions=WRONG_CAPTIONS) for i in range(start, start + 128)]
+            x = _pixels([e.image for e in items]).to(pipe.vae.device)
+            z = (pipe.vae.encode(x[:, :, None]).latent_dist.mode()[:, :, 0] - mean) / std
+            latents.append(pipe._pack_latents(z, *z.shape).cpu())
+            features, lengths = text_features(pipe, [e.caption for e in items])
+            for i, length in enumerate(lengths):
+                by_length[length].append((start + i, features[i][:length].to(torch.bfloat16)))
+    empty, (length,) = text_features(pipe, [""])
+    cache = Cache(
+        latents_BNC=torch.cat(latents),
+        features_BLKD={n: torch.stack([f for _, f in rows]) for n, rows in by_length.items()},
+        members_B={n: torch.tensor([i for i, _ in rows]) for n, rows in by_length.items()},
+        empty_LKD=empty[0][:length],
+    )
+    torch.save((cache.latents_BNC, cache.features_BLKD, cache.members_B, cache.empty_LKD), file)
+    return cache
+
+
+def text_features(pipe: Krea2Pipeline, texts: list[str]) -> tuple[Tensor, list[int]]:
+    """Tapped hidden states (B, L, K, D) of prompt and suffix on the CPU, and each prompt's true length.
+
+    The encoder is causal, so appending the suffix before padding on the right gives what the stock pipeline gives.
+    """
+    full = [build.PREFIX + t + build.SUFFIX for t in texts]
+    tokens = pipe.tokenizer(full, padding=True, return_tensors="pt").to(pipe.text_encoder.device)
+    states = pipe.text_encoder(**tokens, output_hidden_states=True).hidden_states
+    features = torch.stack([states[i] for i in build.TEXT_LAYERS], dim=2)[:, 34:]
+    return features.cpu(), (tokens.attention_mask.sum(1) - 34).tolist()
+
+
+def train_dit(pipe: Krea2Pipeline, cache: Cache, config: PretrainConfig, work: Path) -> None:
+    """Flow matching: v = eps - x0 at sigma drawn logit-normal and shifted as in sampling."""
+    transformer = pipe.transformer
+    device = transformer.device
+    lengths = sorted(cache.members_B)
+    shares = np.array([len(cache.members_B[n]) for n in lengths]) / len(cache.latents_BNC)
+
+    def loss_fn(step: int) -> Tensor:
+        rng = np.random.default_rng((config.seed, step))
+        noise = torch.Generator().manual_seed(step)
+        length = lengths[rng.choice(len(lengths), p=shares)]
+        rows = torch.from_numpy(rng.integers(len(cache.members_B[length]), size=config.batch))
+        x0 = cache.latents_BNC[cache.members_B[length][rows]]
+        text = cache.features_BLKD[length][rows].float()
+        if rng.random() < config.drop:
+            text = cache.empty_LKD.expand(config.batch, -1, -1, -1)
+        sigma = torch.sigmoid(torch.randn(config.batch, generator=noise) + 0.4)
+        eps = torch.randn(x0.shape, generator=noise)
+        x0, text, sigma, eps = (t.to(device) for t in (x0, text, sigma, eps))
+        x = torch.lerp(x0, eps, sigma[:, None, None])
+        positions = pipe.prepare_position_ids(text.shape[1], 4, 4, device)
+        v = transformer(x, text, sigma, positions, return_dict=False)[0]
+        return F.mse_loss(v, eps - x0)
+
+    shown = prompts("val", 12) + prompts("heldout", 12)
+
+    def preview(step: int) -> None:
+        pipe.set_progress_bar_config(disable=True)
+        rows = []
+        for guidance in (0.0, 2.0):
+            generator = torch.Generator().manual_seed(0)
+            rows.append(pipe(shown, height=64, width=64, num_inference_steps=16, guidance_scale=guidance,
+                             max_sequence_length=40, generator=generator, output_type="pt").images)
+        save_grid(torch.cat(rows), work / f"dit_{step:06d}.png", columns=12)
+
+    transformer.to(device)
+    fit("dit", transformer, loss_fn, config.dit, work, preview)
+
+
+def save(pipe: Krea2Pipeline, out: Path) -> None:
+    """The stock folder, in bfloat16 (the norms stay float32)."""
+    pipe.to("cpu", torch.bfloat16).save_pretrained(out)
+
+
+def save_grid(images_B3HW: Tensor, file: Path, columns: int) -> None:
+    """Images in [0, 1] as one PNG, `columns` a row."""
+    x = (images_B3HW.detach().float().clamp(0, 1) * 255).round().byte().cpu()
+    b, c, h, w = x.shape
+    x = x.reshape(b // columns, columns, c, h, w).permute(0, 3, 1, 4, 2).reshape(b // columns * h, columns * w, c)
+    Image.fromarray(x.numpy()).save(file)
+
+
+def _pixels(images: list[np.ndarray]) -> Tensor:
+    """uint8 (H, W, 3) images to float (B, 3, H, W) in [-1, 1]."""
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1

@@ -1,0 +1,195 @@
+"""Reads what a run wrote. Whatever is missing or unreadable becomes a note in the report, never a guess."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rlhf_img.config import load_yaml
+from rlhf_img.errors import RlhfImgError
+
+
+class Interval(NamedTuple):
+    """A mean over `n` values with its 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """The held-out scores of one checkpoint. What was not measured is absent."""
+
+    name: str
+    scores: dict[str, Interval] = field(default_factory=dict)
+    """`pass_all`, `pass_requirement`, `diversity`."""
+    by_check: dict[str, Interval] = field(default_factory=dict)
+    rewards: dict[str, Interval] = field(default_factory=dict)
+    unscored: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """`eval.json`: the same held-out prompts before and after."""
+
+    settings: dict[str, Any]
+    checkpoints: dict[str, Checkpoint]
+    difference: dict[str, Interval]
+    """`pass_all`, `pass_requirement`, `diversity_ratio`."""
+    reward_difference: dict[str, Interval]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Requirement:
+    """One requirement of a sample and its verdict; None: the judge could not tell."""
+
+    id: str
+    text: str
+    passed: bool | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One image of a fixed prompt and seed."""
+
+    image: Path
+    prompt: str
+    seed: int
+    rewards: dict[str, float | None]
+    requirements: tuple[Requirement, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """Everything that a run directory holds and a report shows."""
+
+    path: Path
+    config: dict[str, Any]
+    metrics: dict[str, list[float | None]]
+    """Each metric over the steps; None where a step did not report it."""
+    evaluation: Evaluation | None
+    samples: dict[str, tuple[Sample, ...]]
+    """Samples by tag, in order of training: "before", "step_000020", ..., "after"."""
+    notes: tuple[str, ...]
+
+
+def load_run(path: Path) -> Run:
+    """The run in `path`.
+
+    Raises RlhfImgError if the folder is missing or holds no run at all.
+    """
+    expected = ("config.yaml", "metrics.jsonl", "eval.json", "samples")
+    if not any((path / name).exists() for name in expected):
+        raise RlhfImgError(f"{path} is no run directory: expected at least one of {', '.join(expected)} in it")
+    notes: list[str] = []
+    return Run(
+        path=path,
+        config=_load_config(path, notes),
+        metrics=_load_metrics(path, notes),
+        evaluation=_load_evaluation(path, notes),
+        samples=_load_samples(path, notes),
+        notes=tuple(notes),
+    )
+
+
+def _load_config(path: Path, notes: list[str]) -> dict[str, Any]:
+    try:
+        return load_yaml(path / "config.yaml")
+    except RlhfImgError as error:
+        notes.append(f"What was run is not known: {error}")
+        return {}
+
+
+def _load_metrics(path: Path, notes: list[str]) -> dict[str, list[float | None]]:
+    file = path / "metrics.jsonl"
+    if not file.exists():
+        notes.append("There is no metrics.jsonl, so there are no curves and no times.")
+        return {}
+    records = []
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            records.append(dict(json.loads(line)))
+        except (json.JSONDecodeError, TypeError, ValueError):
+            notes.append(f"metrics.jsonl, line {number}, is not a JSON object and was left out.")
+    keys = dict.fromkeys(key for record in records for key in record)
+    return {key: [_number(record.get(key)) for record in records] for key in keys}
+
+
+def _load_evaluation(path: Path, notes: list[str]) -> Evaluation | None:
+    raw = _load_json(path / "eval.json", notes, "so whether the run helped was not measured")
+    if not isinstance(raw, dict):
+        return None
+    checkpoints = {}
+    for entry in raw.get("checkpoints", []):
+        checkpoints[str(entry["name"])] = Checkpoint(
+            name=str(entry["name"]),
+            scores=_intervals({key: entry.get(key) for key in ("pass_all", "pass_requirement", "diversity")}),
+            by_check=_intervals(entry.get("by_check")),
+            rewards=_intervals(entry.get("rewards")),
+            unscored={key: int(count) for key, count in (entry.get("unscored") or {}).items()},
+        )
+    difference = raw.get("difference") or {}
+    settings = {key: value for key, value in raw.items() if key not in ("checkpoints", "difference")}
+    return Evaluation(
+        settings=settings,
+        checkpoints=checkpoints,
+        difference=_intervals({key: value for key, value in difference.items() if key != "rewards"}),
+        reward_difference=_intervals(difference.get("rewards")),
+    )
+
+
+def _load_samples(path: Path, notes: list[str]) -> dict[str, tuple[Sample, ...]]:
+    folders = [entry for entry in (path / "samples").glob("[!.]*") if entry.is_dir()]
+    if not folders:
+        notes.append("There are no sample images.")
+    order = {"before": (0, ""), "after": (2, "")}
+    result = {}
+    for folder in sorted(folders, key=lambda f: order.get(f.name, (1, f.name))):
+        raw = _load_json(folder / "samples.json", notes, "so its images are not shown")
+        if isinstance(raw, list):
+            result[folder.name] = tuple(_sample(folder, entry) for entry in raw)
+    return result
+
+
+def _sample(folder: Path, raw: dict[str, Any]) -> Sample:
+    requirements = raw.get("requirements") or []
+    return Sample(
+        # Only the name: a run directory from elsewhere must not make us read other files.
+        image=folder / Path(str(raw["file"])).name,
+        prompt=str(raw["prompt"]),
+        seed=int(raw["seed"]),
+        rewards={key: _number(value) for key, value in (raw.get("rewards") or {}).items()},
+        requirements=tuple(
+            Requirement(id=str(r["id"]), text=str(r.get("text") or r["id"]), passed=r.get("passed"))
+            for r in requirements
+        ),
+    )
+
+
+def _load_json(file: Path, notes: list[str], consequence: str) -> Any:
+    name = f"{file.parent.name}/{file.name}"
+    if not file.exists():
+        notes.append(f"There is no {name}, {consequence}.")
+        return None
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        notes.append(f"{name} is not JSON ({error}), {consequence}.")
+        return None
+
+
+def _intervals(raw: dict[str, Any] | None) -> dict[str, Interval]:
+    """The entries that were measured; one with a null in it was not."""
+    result = {}
+    for key, value in (raw or {}).items():
+        numbers = [_number((value or {}).get(part)) for part in ("mean", "low", "high")]
+        mean, low, high = numbers
+        if mean is not None and low is not None and high is not None:
+            result[key] = Interval(mean, low, high, int(value.get("n") or 0))
+    return result
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) else None

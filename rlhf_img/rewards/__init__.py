@@ -1,0 +1,21 @@
+"""What an image is worth: the reward protocol, plug-in loading, combining, and the rewards that ship."""
+
+from rlhf_img.rewards.combining import METHODS, advantages, apply_gates, describe, gdpo, weighted_sum
+from rlhf_img.rewards.loading import known_rewards, load_rewards
+from rlhf_img.rewards.protocol import Images, Reward, Scores, Verdict, score
+
+__all__ = [
+    "METHODS",
+    "Images",
+    "Reward",
+    "Scores",
+    "Verdict",
+    "advantages",
+    "apply_gates",
+    "describe",
+    "gdpo",
+    "known_rewards",
+    "load_rewards",
+    "score",
+    "weighted_sum",
+]

@@ -1,0 +1,110 @@
+"""The defect detector: a small fully convolutional network with one heat map per structural defect class."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from rlhf_img.errors import RlhfImgError
+from rlhf_img.rewards.defects import CLASSES
+
+WEIGHTS = Path(__file__).parent / "weights" / "artifact.safetensors"
+"""The shipped weights; `artifact.json` beside them is their card."""
+
+_TOP_CELLS = 3
+"""A defect is as certain as its 3 most certain cells: one cell is noise, and small defects fill no more."""
+
+
+class DefectNet(nn.Module):
+    """Images to defect evidence; 0.14M parameters, a receptive field of 91 px, heat maps at a quarter of the size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(
+            _layer(3, 16),
+            _layer(16, 32, stride=2),
+            _layer(32, 32),
+            _layer(32, 64, stride=2),
+            _layer(64, 64),
+            _layer(64, 64, dilation=2),
+            _layer(64, 64, dilation=4),
+        )
+        self.head = nn.Conv2d(64, len(CLASSES), 1)
+        # Rare at first: a cell holds a defect of one class about once in a hundred.
+        nn.init.constant_(self.head.bias, -4.0)  # type: ignore[arg-type]
+        self.scale = nn.Parameter(torch.ones(len(CLASSES)))
+        self.bias = nn.Parameter(torch.zeros(len(CLASSES)))
+
+    def forward(self, images_B3HW: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B K h w"]:
+        """Defect logits of each class in each cell of 4 x 4 px. Images are RGB in [0, 1]."""
+        x = (images_B3HW * 2 - 1).contiguous(memory_format=torch.channels_last)
+        heat: Tensor = self.head(self.features(x))
+        return heat
+
+    def pool(self, heat_BKhw: Float[Tensor, "B K h w"]) -> Float[Tensor, "B K"]:
+        """Defect logits of each class for the whole image: its most certain cells, calibrated per class."""
+        top = heat_BKhw.flatten(2).topk(_TOP_CELLS, dim=-1).values.mean(dim=-1)
+        return top * self.scale + self.bias
+
+
+def log_p_clean(
+    logits_BK: Float[Tensor, "B K"], permitted_BK: Bool[Tensor, "B K"] | None = None
+) -> Float[Tensor, " B"]:
+    """log P(no defect that is not permitted) = sum_k log(1 - p_k), the classes taken as independent; <= 0."""
+    kept = F.softplus(logits_BK)
+    return -(kept if permitted_BK is None else kept.masked_fill(permitted_BK, 0.0)).sum(dim=-1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Detector:
+    """A trained network and the image side in pixels it was trained at."""
+
+    net: DefectNet
+    side: int
+
+    @torch.inference_mode()
+    def __call__(
+        self, images_B3HW: Float[Tensor, "B 3 H W"], *, batch: int = 256
+    ) -> tuple[Float[Tensor, "B K"], Float[Tensor, "B K h w"]]:
+        """Image logits and heat maps on the CPU. Raises RlhfImgError for images of a size the network never saw."""
+        height, width = images_B3HW.shape[-2:]
+        if max(height, width) > 2 * self.side or min(height, width) < self.side / 2:
+            raise RlhfImgError(
+                f"artifact: images are {width} x {height} px, but these weights were trained at {self.side} px and "
+                f"know nothing of other scales. Give weights for this size with {{name: artifact, options: "
+                f"{{weights: FILE}}}}, or leave the reward out."
+            )
+        device = next(self.net.parameters()).device
+        heats = [self.net(part.to(device, torch.float32)).float() for part in images_B3HW.split(batch)]
+        heat = torch.cat(heats)
+        return self.net.pool(heat).cpu(), heat.cpu()
+
+
+def load_detector(path: Path = WEIGHTS) -> Detector:
+    """A detector from safetensors and the card beside them. Raises RlhfImgError if either is missing or misfits."""
+    card_path = path.with_suffix(".json")
+    for file in (path, card_path):
+        if not file.is_file():
+            raise RlhfImgError(
+                f"artifact: no file {file}. Make weights and card with: rlhf-img reward train artifact --out {path}"
+            )
+    card: dict[str, Any] = json.loads(card_path.read_text())
+    if tuple(card["classes"]) != CLASSES:
+        raise RlhfImgError(
+            f"artifact: the weights at {path} know the classes {card['classes']}, this version expects "
+            f"{list(CLASSES)}. Train them again with: rlhf-img reward train artifact"
+        )
+    net = DefectNet()
+    net.load_state_dict(load_file(path))
+    return Detector(net=net.eval().to(memory_format=torch.channels_last), side=int(card["side"]))  # type: ignore[call-overload]
+
+
+def _layer(inputs: int, outputs: int, *, stride: int = 1, dilation: int = 1) -> nn.Sequential:
+    convolution = nn.Conv2d(inputs, outputs, 3, stride, dilation, dilation, bias=False)
+    return nn.Sequential(convolution, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True))

@@ -1,0 +1,233 @@
+"""Structural defects, drawn into clean pictures: the artifact reward learns from these, and their exact masks.
+
+A defect is something no prompt of the playground asks for. Appearance (grain, blur, vignette, exposure) is not one.
+Injectors take an image uint8 (H, W, 3) and object masks bool (N, H, W), and return the damaged image. They work on
+the picture before any style is applied, as a broken thing photographed on grainy film is broken and grainy.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from scipy import ndimage
+from skimage.draw import line, polygon
+
+from rlhf_img.playground.render import outline
+from rlhf_img.playground.scene import COLORS, SIZE, Scene
+
+Image = np.ndarray
+Injector = Callable[[Image, np.ndarray, np.random.Generator], Image]
+
+_PALETTE = np.array(list(COLORS.values()), dtype=np.uint8)
+
+
+def object_masks(scene: Scene) -> np.ndarray:
+    """Where each thing of a scene is: bool (N, 64, 64). The word, if any, is not among them."""
+    masks = np.zeros((len(scene.things), SIZE, SIZE), dtype=bool)
+    for mask, thing in zip(masks, scene.things, strict=True):
+        corners = np.array(outline(thing.shape, thing.x, thing.y, thing.radius))
+        rows, columns = polygon(corners[:, 1] - 0.5, corners[:, 0] - 0.5, (SIZE, SIZE))
+        mask[rows, columns] = True
+    return masks
+
+
+def torn_edge(image: Image, objects: np.ndarray, rng: np.random.Generator) -> Image:
+    """A ragged bite out of an object's outline, with a few torn-off crumbs beside it."""
+    thing = _pick(objects, rng)
+    y, x = _point(thing & ~ndimage.binary_erosion(thing), rng)
+    radius = _radius(thing)
+    bite = _ragged_blob(image.shape, y, x, rng.uniform(0.35, 0.6) * radius + 1.5, 0.35, rng) & thing
+    crumbs = _ragged_blob(image.shape, y, x, 0.9 * radius, 0.3, rng) & ~thing & (rng.random(thing.shape) < 0.18)
+    out = image.copy()
+    out[crumbs] = _color_of(image, thing)
+    out[bite] = _background(image, objects)
+    return out
+
+
+def fused_shapes(image: Image, objects: np.ndarray, rng: np.random.Generator) -> Image:
+    """Two objects grown together by a bridge; or, of one object, a second copy grown out of it."""
+    out = image.copy()
+    if len(objects) > 1 and rng.random() < 0.6:
+        first, second = (objects[i] for i in rng.choice(len(objects), 2, replace=False))
+        (ya, xa), (yb, xb) = _nearest_points(first, second)
+        bridge = np.zeros(first.shape, dtype=bool)
+        bridge[line(ya, xa, yb, xb)] = True
+        bridge = ndimage.binary_dilation(bridge, _disc(rng.uniform(1.6, 3.2)))
+        out[bridge & ~first & ~second] = _color_of(image, (first, second)[rng.integers(2)])
+        return out
+    thing = _pick(objects, rng)
+    angle, reach = rng.uniform(0, 2 * np.pi), rng.uniform(0.6, 1.1) * _radius(thing)
+    copy = ndimage.shift(thing, (reach * np.sin(angle), reach * np.cos(angle)), order=0)
+    out[copy & ~thing] = _color_of(image, thing) if rng.random() < 0.6 else _PALETTE[rng.integers(len(_PALETTE))]
+    return out
+
+
+def hole(image: Image, objects: np.ndarray, rng: np.random.Generator) -> Image:
+    """One or two gaps inside an object, through which the background (or nothing but darkness) shows."""
+    thing = _pick(objects, rng)
+    inside = ndimage.binary_erosion(thing, iterations=2)
+    out = image.copy()
+    for _ in range(int(rng.integers(1, 3))):
+        y, x = _point(inside if inside.any() else thing, rng)
+        gap = _ragged_blob(image.shape, y, x, rng.uniform(0.25, 0.4) * _radius(thing) + 1.0, 0.2, rng)
+        out[gap & ndimage.binary_erosion(thing)] = _background(image, objects) if rng.random() < 0.75 else 10
+    return out
+
+
+def speckle(image: Image, objects: np.ndarray, rng: np.random.Generator) -> Image:
+    """A local patch of coloured or black-and-white dots: unlike grain it is strong, in colour and in one place."""
+    anywhere = np.ones(image.shape[:2], dtype=bool)
+    y, x = _point(_pick(objects, rng) if rng.random() < 0.6 else anywhere, rng)
+    patch = _ragged_blob(image.shape, y, x, rng.uniform(5, 10), 0.3, rng)
+    dots = patch & (rng.random(patch.shape) < rng.uniform(0.2, 0.5))
+    if rng.random() < 0.4:
+        dots = patch & ndimage.binary_dilation(dots & (rng.random(patch.shape) < 0.3), np.ones((2, 2)))
+    colors = rng.integers(0, 256, image.shape) if rng.random() < 0.6 else rng.integers(0, 2, (*patch.shape, 1)) * 255
+    return np.where(dots[..., None], colors, image).astype(np.uint8)
+
+
+def seam(image: Image, objects: np.ndarray, rng: np.random.Generator) -> Image:
+    """The picture cut and misjoined along a line through an object, a foreign line, or a grid of lines."""
+    turned = rng.random() < 0.5
+    view = image.transpose(1, 0, 2) if turned else image
+    out = view.copy()
+    thing = _pick(objects, rng)
+    y, _ = _point(thing.T if turned else thing, rng)
+    contrast = rng.uniform(30, 80) * rng.choice((-1, 1))
+    match rng.integers(3):
+        case 0:
+            span = slice(y, None) if rng.random() < 0.5 else slice(y, y + int(rng.integers(4, 12)))
+            out[span] = np.roll(view[span], int(rng.integers(3, 7)) * int(rng.choice((-1, 1))), axis=1)
+        case 1:
+            out[y : y + int(rng.integers(1, 3))] = np.clip(view[y : y + 1] + contrast, 0, 255)
+        case _:
+            period = int(rng.choice((4, 8, 8, 16)))
+            lines = np.zeros(view.shape, dtype=bool)
+            lines[rng.integers(period) :: period] = True
+            lines[:, rng.integers(period) :: period] = True
+            out = np.where(lines, np.clip(view + contrast * 0.7, 0, 255), view).astype(np.uint8)
+    return np.ascontiguousarray(out.transpose(1, 0, 2) if turned else out)
+
+
+def color_bleed(image: Image, objects: np.ndarray, rng: np.random.Generator) -> Image:
+    """An object's colour smeared over its surroundings, or a foreign colour running into the object."""
+    thing = _pick(objects, rng)
+    radius = _radius(thing)
+    y, x = _point(thing & ~ndimage.binary_erosion(thing), rng)
+    if rng.random() < 0.5:
+        source, target, color = thing, ~objects.any(axis=0), _color_of(image, thing)
+        y, x = 2 * y - _center(thing)[0], 2 * x - _center(thing)[1]  # further out
+    else:
+        others = [c for c in _PALETTE if np.abs(c.astype(int) - _color_of(image, thing)).max() > 60]
+        source, target, color = thing, thing, others[rng.integers(len(others))]
+    spot = ndimage.gaussian_filter(_ragged_blob(image.shape, y, x, 0.8 * radius + 1, 0.2, rng).astype(float), 1.5)
+    near = ndimage.gaussian_filter(source.astype(float), rng.uniform(2, 3.5)) * 2
+    alpha = np.clip(spot * np.clip(near, 0, 1) * rng.uniform(1.2, 1.8), 0, 0.95) * target
+    return np.round(image + alpha[..., None] * (np.asarray(color) - image.astype(float))).astype(np.uint8)
+
+
+def malformed_outline(image: Image, objects: np.ndarray, rng: np.random.Generator) -> Image:
+    """An object bent out of shape: its surroundings displaced by a smooth random field."""
+    thing = _pick(objects, rng)
+    radius = _radius(thing)
+    field = ndimage.gaussian_filter(rng.standard_normal((2, *thing.shape)), (0, 0.3 * radius, 0.3 * radius))
+    field *= rng.uniform(0.3, 0.45) * radius / np.abs(field[:, thing]).max()
+    near = ndimage.gaussian_filter(ndimage.binary_dilation(thing, iterations=3).astype(float), 1.5)
+    rows, columns = np.indices(thing.shape) + field * near
+    channels = [ndimage.map_coordinates(image[..., c].astype(float), (rows, columns), order=1, mode="nearest")
+                for c in range(3)]
+    return np.round(np.stack(channels, axis=-1)).astype(np.uint8)
+
+
+INJECTORS: dict[str, Injector] = {
+    "torn edge": torn_edge,
+    "fused shapes": fused_shapes,
+    "hole": hole,
+    "speckle": speckle,
+    "seam": seam,
+    "colour bleed": color_bleed,
+    "malformed outline": malformed_outline,
+}
+CLASSES = tuple(INJECTORS)
+"""The structural defect classes, in the order of the model's outputs."""
+
+_PERMIT_WORDS: dict[str, tuple[str, ...]] = {
+    "torn edge": ("torn", "ragged", "torn edges"),
+    "fused shapes": ("fused", "merged", "overlap"),
+    "hole": ("holes", "hollow"),
+    "speckle": ("speckles", "confetti", "glitch"),
+    "seam": ("seams", "grid", "collage", "glitch"),
+    "colour bleed": ("color bleed", "bleed", "watercolour", "watercolor", "gradient"),
+    "malformed outline": ("malformed", "distorted", "warped", "hand drawn", "sketch"),
+}
+
+
+def permitted(permits: Sequence[str]) -> frozenset[str]:
+    """The defect classes that a prompt asks for, from the `permits` of its requirements.
+
+    A permit that names no structural class (grain, blur, ...) changes nothing: that was never a defect here.
+
+    >>> sorted(permitted(["grain", "colour_bleed", "hollow"]))
+    ['colour bleed', 'hole']
+    """
+    asked = {permit.lower().replace("_", " ").replace("-", " ").strip() for permit in permits}
+    return frozenset(name for name in CLASSES if asked & {name, *_PERMIT_WORDS[name]})
+
+
+def inject(name: str, image: Image, objects: np.ndarray, rng: np.random.Generator, *, tries: int = 6) -> Image | None:
+    """The image with one defect of a class that changes at least 16 px clearly, or None if it found no room for one."""
+    for _ in range(tries):
+        damaged = INJECTORS[name](image, objects, rng)
+        if (np.abs(damaged.astype(int) - image).max(axis=-1) > 40).sum() >= 16:
+            return damaged
+    return None
+
+
+def _pick(objects: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """One object's mask (H, W)."""
+    return objects[rng.integers(len(objects))]
+
+
+def _point(mask: np.ndarray, rng: np.random.Generator) -> tuple[int, int]:
+    points = np.argwhere(mask)
+    y, x = points[rng.integers(len(points))]
+    return int(y), int(x)
+
+
+def _radius(mask: np.ndarray) -> float:
+    return float(np.sqrt(mask.sum() / np.pi))
+
+
+def _center(mask: np.ndarray) -> np.ndarray:
+    return np.round(np.argwhere(mask).mean(axis=0)).astype(int)
+
+
+def _color_of(image: Image, mask: np.ndarray) -> np.ndarray:
+    return np.median(image[mask], axis=0)
+
+
+def _background(image: Image, objects: np.ndarray) -> np.ndarray:
+    return _color_of(image, ~np.any(objects, axis=0))
+
+
+def _disc(radius: float) -> np.ndarray:
+    reach = int(np.ceil(radius))
+    y, x = np.mgrid[-reach : reach + 1, -reach : reach + 1]
+    return np.hypot(y, x) <= radius
+
+
+def _ragged_blob(
+    shape: tuple[int, ...], y: float, x: float, radius: float, raggedness: float, rng: np.random.Generator
+) -> np.ndarray:
+    """A disc whose radius jumps by +- `raggedness` of itself from one of 14 directions to the next; bool (H, W)."""
+    rows, columns = np.mgrid[: shape[0], : shape[1]]
+    angle = np.arctan2(rows - y, columns - x)
+    reach = radius * (1 + raggedness * rng.uniform(-1, 1, 15))
+    turn = (angle + np.pi) / (2 * np.pi) * 14
+    return np.hypot(rows - y, columns - x) <= np.interp(turn, np.arange(15), reach)
+
+
+def _nearest_points(first: np.ndarray, second: np.ndarray) -> tuple[tuple[int, int], tuple[int, int]]:
+    """The two pixels of two objects that lie closest together."""
+    distance, indices = ndimage.distance_transform_edt(~second, return_indices=True)
+    y, x = np.unravel_index(np.where(first, distance, np.inf).argmin(), first.shape)
+    return (int(y), int(x)), (int(indices[0, y, x]), int(indices[1, y, x]))

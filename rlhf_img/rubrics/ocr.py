@@ -1,0 +1,50 @@
+"""Reading words: rapidocr's recognition model on the strip where writing was found. Created once, when first needed."""
+
+from functools import cache
+from typing import Any
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+
+from rlhf_img.errors import RlhfImgError
+
+_LINE_HEIGHT = 48
+"""Pixels to which a line is scaled: what the recognition model was trained at."""
+
+
+@cache
+def _engine() -> Any:
+    try:
+        from rapidocr import RapidOCR
+    except ImportError as error:
+        raise RlhfImgError("checking text needs rapidocr: pip install rapidocr onnxruntime") from error
+    return RapidOCR(
+        params={
+            "Global.log_level": "error",
+            "Global.use_det": False,
+            "Global.use_cls": False,
+            # one thread: rewards run beside the training
+            "EngineConfig.onnxruntime.intra_op_num_threads": 1,
+            "EngineConfig.onnxruntime.inter_op_num_threads": 1,
+        }
+    )
+
+
+def read(image: npt.NDArray[np.uint8], box: tuple[float, float, float, float]) -> tuple[str, float]:
+    """The line of text in `box` (left, top, right, bottom as fractions), and the confidence in [0, 1].
+
+    Args:
+        image: uint8 (H, W, 3), RGB.
+    """
+    height, width = image.shape[:2]
+    pad = 0.2 * (box[3] - box[1]) * height
+    left, right = max(0, round(box[0] * width - pad)), min(width, round(box[2] * width + pad))
+    top, bottom = max(0, round(box[1] * height - pad)), min(height, round(box[3] * height + pad))
+    line = image[top:bottom, left:right, ::-1]
+    scale = _LINE_HEIGHT / line.shape[0]
+    line = cv2.resize(line, (max(8, round(line.shape[1] * scale)), _LINE_HEIGHT), interpolation=cv2.INTER_CUBIC)
+    result = _engine()(line, use_det=False, use_cls=False, use_rec=True)
+    if not result.txts:
+        return "", 0.0
+    return str(result.txts[0]), float(result.scores[0])

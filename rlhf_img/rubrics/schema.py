@@ -1,0 +1,255 @@
+"""The rubric file: its models, its YAML in and out, and errors that say what to mend and where."""
+
+import re
+from collections.abc import Iterable, Sequence
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Annotated, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, ValidationError, model_validator
+
+from rlhf_img.errors import RlhfImgError, did_you_mean
+
+BUILTIN_CHECKS = ("object", "count", "color", "relation", "size", "background", "style", "text", "vqa")
+CUSTOM_CHECK = re.compile(r".+\.py:\w+")
+_NEEDED_FIELDS: dict[str, tuple[str, ...]] = {
+    "object": ("target",),
+    "count": ("target", "equals"),
+    "color": ("target", "equals"),
+    "relation": ("subject", "is", "object"),
+    "size": ("target", "equals"),
+    "background": ("equals",),
+    "style": ("equals",),
+    "text": ("equals",),
+    "vqa": ("ask",),
+}
+_ARGUMENTS = ("target", "equals", "subject", "is", "object", "ask")
+_OPTIONAL_FIELDS: dict[str, tuple[str, ...]] = {"text": ("target",), "vqa": ("target",)}
+
+Id = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+
+
+class Requirement(_Model):
+    """One verifiable statement. Which arguments it takes depends on `check`; every other one is an error.
+
+    `equals` is a whole number for `count` and a string elsewhere. `needs` are ids of requirements without which
+    this one means nothing: its score is capped by theirs. `permits` are artifact classes that are asked for here.
+    """
+
+    id: Id
+    check: str
+    target: str | None = None
+    equals: StrictBool | StrictInt | StrictStr | None = None
+    subject: str | None = None
+    relation: str | None = Field(default=None, alias="is")
+    object: str | None = None
+    expect: Literal["present", "absent"] = "present"
+    ask: str | None = None
+    needs: tuple[str, ...] = ()
+    must: bool = False
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    permits: tuple[str, ...] = ()
+    extra_text: Literal["penalize", "ignore"] = "penalize"
+
+    @model_validator(mode="after")
+    def _arguments_fit_check(self) -> "Requirement":
+        if self.check not in BUILTIN_CHECKS:
+            _require_known_check(self.check)
+            return self
+        given = {name for name in _ARGUMENTS if getattr(self, "relation" if name == "is" else name) is not None}
+        needed = set(_NEEDED_FIELDS[self.check])
+        if missing := sorted(needed - given):
+            raise ValueError(f"check {self.check} lacks {', '.join(missing)}; it takes {_fields_of(self.check)}")
+        if surplus := sorted(given - needed - set(_OPTIONAL_FIELDS.get(self.check, ()))):
+            raise ValueError(f"check {self.check} does not take {', '.join(surplus)}; it takes {_fields_of(self.check)}")
+        if self.expect == "absent" and self.check not in ("object", "style", "vqa"):
+            raise ValueError(f"expect: absent fits the checks object, style and vqa, not {self.check}")
+        self._equals_has_right_type()
+        return self
+
+    def _equals_has_right_type(self) -> None:
+        if self.equals is None:
+            return
+        if self.check == "count":
+            if isinstance(self.equals, bool) or not isinstance(self.equals, int) or self.equals < 0:
+                raise ValueError(f"equals of a count is a whole number such as 3, not {self.equals!r}")
+        elif not isinstance(self.equals, str):
+            raise ValueError(
+                f"equals of {self.check} is a string, not {self.equals!r}: YAML reads the bare words NO, on, yes, 12:30 "
+                'and 007 as booleans and numbers. Put it in quotes: equals: "..."'
+            )
+        if self.check == "text" and not str(self.equals).strip():
+            raise ValueError("equals of text is empty; give the words that the image must show")
+
+
+class Aggregate(_Model):
+    """How requirement scores become one total.
+
+    `weighted_mean` and `geometric` are soft; `all` is 1 if every requirement passes, else 0. A failed `must`
+    caps the total at `must_cap`. Unscored requirements are dropped; if those scored have less than the
+    fraction `min_scored` of the weight, the total is unscored too.
+    """
+
+    method: Literal["weighted_mean", "geometric", "all"] = "weighted_mean"
+    must_cap: Fraction = 0.5
+    on_unscored: Literal["drop"] = "drop"
+    min_scored: Fraction = 0.7
+
+
+class Gate(_Model):
+    """Where `reward` is below `below`, the total reward is at most `cap`. Applied where rewards are combined."""
+
+    reward: str
+    below: float
+    cap: Fraction
+
+
+class Source(_Model):
+    """Where a rubric comes from."""
+
+    decomposer: str | None = None
+    template: str | None = None
+    prompt_sha: str | None = None
+    edited_by: str | None = None
+
+
+class Rubric(_Model):
+    """The requirements of one prompt, and how they add up."""
+
+    version: Literal[1] = 1
+    prompt: str
+    requirements: tuple[Requirement, ...] = ()
+    aggregate: Aggregate = Aggregate()
+    gates: tuple[Gate, ...] = ()
+    source: Source | None = None
+
+    @model_validator(mode="after")
+    def _ids_and_needs(self) -> "Rubric":
+        ids = [r.id for r in self.requirements]
+        if twice := sorted({i for i in ids if ids.count(i) > 1}):
+            raise ValueError(f"two requirements share the id {', '.join(twice)}; ids must be unique")
+        for requirement in self.requirements:
+            for need in requirement.needs:
+                if need not in ids:
+                    raise ValueError(f"{requirement.id} needs {need}, which no requirement is; {did_you_mean(need, ids)}")
+        if cycle := _find_cycle({r.id: r.needs for r in self.requirements}):
+            raise ValueError(f"needs go in a circle: {' -> '.join(cycle)}; remove one of them")
+        return self
+
+    @property
+    def permits(self) -> frozenset[str]:
+        """The artifact classes that the prompt asks for, and that are therefore no defects."""
+        return frozenset(p for r in self.requirements for p in r.permits)
+
+
+def _fields_of(check: str) -> str:
+    return ", ".join([*_NEEDED_FIELDS[check], *(f"{f} (optional)" for f in _OPTIONAL_FIELDS.get(check, ()))])
+
+
+def _require_known_check(check: str) -> None:
+    plugins = entry_points(group="rlhf_img.checks").names
+    if check not in plugins and not CUSTOM_CHECK.fullmatch(check):
+        known = did_you_mean(check, [*BUILTIN_CHECKS, *plugins])
+        raise ValueError(f"no check is called {check}; {known}; or a function of yours as path/to/file.py:name")
+
+
+def _find_cycle(needs: dict[str, tuple[str, ...]]) -> list[str] | None:
+    """One cycle of the graph as a path that ends where it starts, or None."""
+    done: set[str] = set()
+
+    def visit(node: str, path: list[str]) -> list[str] | None:
+        if node in path:
+            return [*path[path.index(node) :], node]
+        if node in done:
+            return None
+        for need in needs[node]:
+            if cycle := visit(need, [*path, node]):
+                return cycle
+        done.add(node)
+        return None
+
+    return next((cycle for node in needs if (cycle := visit(node, []))), None)
+
+
+def load_rubrics(path: str | Path) -> list[Rubric]:
+    """The rubrics of a YAML file, which holds one or a list.
+
+    Raises RlhfImgError, with the file and line, if it is not readable, not YAML or not a valid rubric.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RlhfImgError(f"{path}: cannot be read as text: {error}") from error
+    return parse_rubrics(text, where=str(path))
+
+
+def parse_rubrics(text: str, where: str = "rubric") -> list[Rubric]:
+    """As `load_rubrics`, of text; `where` names it in errors."""
+    try:
+        data, node = yaml.safe_load(text), yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError as error:
+        raise RlhfImgError(f"{where}: not valid YAML: {error}") from error
+    if node is None:
+        raise RlhfImgError(f"{where}: empty; expected a rubric (prompt, requirements) or a list of them")
+    several = isinstance(data, list)
+    rubrics, problems = [], []
+    for item, item_node in zip(data if several else [data], node.value if several else [node], strict=True):
+        try:
+            rubrics.append(Rubric.model_validate(item))
+        except ValidationError as error:
+            problems += [f"{where}:{_line(item_node, e['loc'])}: {_explain(e, item)}" for e in error.errors()]
+    if problems:
+        raise RlhfImgError("\n".join(problems))
+    return rubrics
+
+
+def dump_rubrics(rubrics: Sequence[Rubric]) -> str:
+    """YAML that `parse_rubrics` reads back to equal rubrics; only what differs from the defaults is written."""
+    plain = [_plain(r) for r in rubrics]
+    return yaml.safe_dump(plain[0] if len(plain) == 1 else plain, sort_keys=False, allow_unicode=True, width=120)
+
+
+def _plain(rubric: Rubric) -> dict[str, object]:
+    plain = rubric.model_dump(mode="json", by_alias=True, exclude_defaults=True)
+    return {"version": rubric.version, **plain, "requirements": plain.get("requirements", [])}
+
+
+def _line(node: yaml.Node, location: Iterable[int | str]) -> int:
+    """The line of the deepest part of `location` that the YAML tree has."""
+    for step in location:
+        if isinstance(node, yaml.SequenceNode) and isinstance(step, int) and step < len(node.value):
+            node = node.value[step]
+        elif isinstance(node, yaml.MappingNode):
+            children = {key.value: (key, value) for key, value in node.value}
+            if step not in children:
+                break
+            key, value = children[str(step)]
+            node = value if isinstance(value, yaml.CollectionNode) else key
+    return int(node.start_mark.line) + 1
+
+
+def _explain(error: object, item: object) -> str:
+    assert isinstance(error, dict)
+    location, message = error["loc"], str(error["msg"]).removeprefix("Value error, ")
+    path = ".".join(str(step) for step in location)
+    if not isinstance(item, dict):
+        return f"expected a rubric (a mapping with prompt and requirements), got {type(item).__name__}"
+    if error["type"] == "extra_forbidden":
+        model = _model_at(location)
+        known = [field.alias or name for name, field in model.model_fields.items()]
+        return f"{path}: unknown field {location[-1]!r}; {did_you_mean(str(location[-1]), known)}"
+    if error["type"] == "invalid_key":
+        return f"{path}: the key {location[-1]} is no string: YAML reads the bare words on, yes and NO as booleans; quote it"
+    given = f" (got {error['input']!r})" if error["type"] not in ("value_error", "missing") else ""
+    return f"{path}: {message}{given}" if path else f"{message}"
+
+
+def _model_at(location: Sequence[int | str]) -> type[BaseModel]:
+    models = {"requirements": Requirement, "aggregate": Aggregate, "gates": Gate, "source": Source}
+    return models.get(str(location[0]), Rubric) if len(location) > 1 else Rubric

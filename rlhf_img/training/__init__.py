@@ -1,0 +1,1 @@
+"""Runs: the loop, the run directory and exact resume, the pre-flight check, sentinels, prompts and held-out evaluation."""

@@ -1,0 +1,141 @@
+"""Held-out evaluation: the same prompts and seeds before and after, with bootstrap intervals over prompts."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from rlhf_img.model.conditioning import Conditioner
+from rlhf_img.model.loading import Model
+from rlhf_img.rewards import Reward
+from rlhf_img.training.prompts import Prompt
+from rlhf_img.training.samples import Drawn, Progress, draw, draw_images
+from rlhf_img.training.sentinels import diversity
+
+_SEED = 7_000_000
+"""First image seed of evaluations; far from those of rollouts, and the same for every run, so that runs compare."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvalConfig:
+    """What is measured before and after training."""
+
+    prompts: int = 256
+    """Held-out prompts, one image each."""
+    num_steps: int = 16
+    """Denoising steps."""
+    guidance: float = 0.0
+    """Krea's g; 0 = off."""
+    diversity_prompts: int = 32
+    """Of these, so many are drawn `diversity_images` times to measure the variety within a prompt."""
+    diversity_images: int = 6
+    heldout_share: float = 0.1
+    """Share of a prompts file that is held out when no evaluation prompts are given."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Evaluation:
+    """One checkpoint's measurements by held-out prompt, as JSON holds them; null is not known."""
+
+    rewards: dict[str, list[float]]
+    """Name -> value of each prompt's image."""
+    pass_all: list[float]
+    """1 where all of a prompt's requirements are met, 0 where not."""
+    pass_requirement: list[float]
+    """Share of a prompt's scored requirements that are met."""
+    by_check: dict[str, list[float]]
+    """Kind of check -> 1 or 0 for each scored requirement of that kind."""
+    diversity: list[float]
+    """Mean distance between images of a prompt, for the first prompts."""
+
+
+def evaluate(
+    model: Model, conditioner: Conditioner, rewards: Sequence[Reward], prompts: Sequence[Prompt], config: EvalConfig,
+    progress: Progress | None = None,
+) -> tuple[Evaluation, Drawn]:  # fmt: skip
+    """Measures the transformer as it is now (with the role that is active). `rewards` must hold "rubric"."""
+    seeds = [_SEED + i for i in range(len(prompts))]
+    drawn = draw(
+        model, conditioner, rewards, prompts, seeds, num_steps=config.num_steps, guidance=config.guidance,
+        progress=progress,
+    )  # fmt: skip
+    some = [p for p in prompts[: config.diversity_prompts] for _ in range(config.diversity_images)]
+    varied = draw_images(
+        model, conditioner, some, [2 * _SEED + i for i in range(len(some))], num_steps=config.num_steps,
+        guidance=config.guidance,
+    )  # fmt: skip
+    return measure(drawn, diversity(varied.unflatten(0, (-1, config.diversity_images))).tolist()), drawn
+
+
+def measure(drawn: Drawn, diversity_P: list[float]) -> Evaluation:
+    """What is kept of an evaluation's images."""
+    by_check: dict[str, list[float]] = {}
+    shares = []
+    for result in drawn.rubric_results():
+        passed = {r.id: (r.check, float(r.passed)) for r in result.requirements if r.passed is not None}
+        for check, value in passed.values():
+            by_check.setdefault(check, []).append(value)
+        shares.append(float(np.mean([value for _, value in passed.values()])) if passed else math.nan)
+    values = drawn.scores.values_BK
+    return Evaluation(
+        rewards={name: values[:, k].tolist() for k, name in enumerate(drawn.scores.names)},
+        pass_all=[math.nan if r.passed is None else float(r.passed) for r in drawn.rubric_results()],
+        pass_requirement=shares,
+        by_check=by_check,
+        diversity=diversity_P,
+    )
+
+
+def summarise(name: str, evaluation: Evaluation) -> dict[str, Any]:
+    """One entry of eval.json's `checkpoints`."""
+    return {
+        "name": name,
+        "pass_all": interval(evaluation.pass_all),
+        "pass_requirement": interval(evaluation.pass_requirement),
+        "by_check": {check: interval(passed) for check, passed in sorted(evaluation.by_check.items())},
+        "rewards": {reward: interval(values) for reward, values in evaluation.rewards.items()},
+        "unscored": {reward: int(np.isnan(_array(values)).sum()) for reward, values in evaluation.rewards.items()},
+        "diversity": interval(evaluation.diversity),
+    }
+
+
+def compare(before: Evaluation, after: Evaluation) -> dict[str, Any]:
+    """eval.json's `difference`: after minus before, paired by prompt; for diversity, their ratio."""
+    return {
+        "pass_all": interval(_array(after.pass_all) - _array(before.pass_all)),
+        "pass_requirement": interval(_array(after.pass_requirement) - _array(before.pass_requirement)),
+        "rewards": {
+            name: interval(_array(values) - _array(before.rewards[name])) for name, values in after.rewards.items()
+        },
+        "diversity_ratio": ratio_interval(_array(after.diversity), _array(before.diversity)),
+    }
+
+
+def interval(values: Sequence[float] | np.ndarray, resamples: int = 2000) -> dict[str, float | int | None]:
+    """Mean and 95 % percentile-bootstrap interval over the entries that are known."""
+    known = _array(values)
+    known = known[~np.isnan(known)]
+    if not known.size:
+        return {"mean": None, "low": None, "high": None, "n": 0}
+    means = known[_resample(known.size, resamples)].mean(1)
+    low, high = np.percentile(means, [2.5, 97.5])
+    return {"mean": float(known.mean()), "low": float(low), "high": float(high), "n": int(known.size)}
+
+
+def ratio_interval(top: np.ndarray, bottom: np.ndarray, resamples: int = 2000) -> dict[str, float | int | None]:
+    """mean(top) / mean(bottom) of paired entries, with its 95 % percentile-bootstrap interval."""
+    if not top.size or bottom.mean() == 0:
+        return {"mean": None, "low": None, "high": None, "n": int(top.size)}
+    rows = _resample(top.size, resamples)
+    low, high = np.percentile(top[rows].mean(1) / bottom[rows].mean(1), [2.5, 97.5])
+    return {"mean": float(top.mean() / bottom.mean()), "low": float(low), "high": float(high), "n": int(top.size)}
+
+
+def _resample(size: int, resamples: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(size, size=(resamples, size))
+
+
+def _array(values: Sequence[float] | np.ndarray) -> np.ndarray:
+    return np.asarray(values, dtype=float)  # JSON's null becomes NaN

@@ -1,0 +1,83 @@
+"""Images of fixed prompts and seeds: drawn, scored, and written where the report finds them."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rlhf_img.model.conditioning import Conditioner
+from rlhf_img.model.loading import Model
+from rlhf_img.model.sampling import sample
+from rlhf_img.model.vae import decode
+from rlhf_img.rewards import Images, Reward, Scores, score
+from rlhf_img.rubrics.scoring import RubricResult
+from rlhf_img.training.prompts import Prompt
+
+Progress = Callable[[int, int], None]
+"""Called with the image-steps done and their total."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Drawn:
+    """B images with what asked for them and what the rewards said."""
+
+    prompts: tuple[Prompt, ...]
+    seeds: tuple[int, ...]
+    images: Images
+    scores: Scores
+
+    def rubric_results(self) -> list[RubricResult]:
+        """The `rubric` reward's results, one an image."""
+        return [r for r in self.scores.details["rubric"] if isinstance(r, RubricResult)]
+
+
+def draw(
+    model: Model, conditioner: Conditioner, rewards: Sequence[Reward], prompts: Sequence[Prompt], seeds: Sequence[int],
+    *, num_steps: int, guidance: float, progress: Progress | None = None,
+) -> Drawn:  # fmt: skip
+    """One image a prompt and seed, with the role that is active; `rewards` only look, nothing stops at unscored ones."""
+    images = draw_images(
+        model, conditioner, prompts, seeds, num_steps=num_steps, guidance=guidance, progress=progress
+    )
+    wrapped = Images(images)
+    columns = {"rubrics": [p.rubric for p in prompts]}
+    scores = score(rewards, [p.text for p in prompts], wrapped, columns, max_unscored=1.0)
+    return Drawn(prompts=tuple(prompts), seeds=tuple(seeds), images=wrapped, scores=scores)
+
+
+def draw_images(
+    model: Model, conditioner: Conditioner, prompts: Sequence[Prompt], seeds: Sequence[int],
+    *, num_steps: int, guidance: float, progress: Progress | None = None,
+) -> Tensor:  # fmt: skip
+    """(B, 3, H, W) in [0, 1], on the CPU."""
+    size = model.default_size
+    latents = sample(
+        model, conditioner, [p.text for p in prompts], seeds, num_steps=num_steps, guidance=guidance,
+        progress=progress,
+    )  # fmt: skip
+    return decode(model, latents, size, size).detach().cpu()
+
+
+def write_samples(folder: Path, drawn: Drawn, count: int) -> None:
+    """The first `count` images as PNG, and samples.json with prompt, seed, rewards and requirements of each."""
+    rows = []
+    for i in range(min(count, len(drawn.prompts))):
+        file = f"{i:03d}.png"
+        drawn.images[i].save(folder / file)
+        values = drawn.scores.values_BK[i]
+        known = torch.isfinite(values).tolist()
+        rewards = {
+            name: float(values[k]) if known[k] else None for k, name in enumerate(drawn.scores.names)
+        }
+        requirements = [
+            {"id": r.id, "text": r.text, "passed": r.passed, "score": r.score}
+            for r in drawn.rubric_results()[i].requirements
+        ]
+        rows.append({
+            "file": file, "prompt": drawn.prompts[i].text, "seed": drawn.seeds[i], "rewards": rewards,
+            "requirements": requirements,
+        })  # fmt: skip
+    (folder / "samples.json").write_text(json.dumps(rows, indent=1, ensure_ascii=False))

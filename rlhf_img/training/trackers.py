@@ -1,0 +1,42 @@
+"""Metrics to a tracker of accelerate's, beside metrics.jsonl."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
+
+from rlhf_img.errors import RlhfImgError, did_you_mean
+
+NONE = "none"
+
+
+class Tracker:
+    """A tracker by name; "none" logs nothing. A context manager."""
+
+    def __init__(self, name: str, folder: Path) -> None:
+        """Raises RlhfImgError for a tracker that accelerate does not know or whose package is not installed."""
+        self._tracker: GeneralTracker | None = None
+        if name == NONE:
+            return
+        if name not in LOGGER_TYPE_TO_CLASS:
+            raise RlhfImgError(f'there is no tracker "{name}"; {did_you_mean(name, [NONE, *LOGGER_TYPE_TO_CLASS])}')
+        cls = LOGGER_TYPE_TO_CLASS[name]
+        try:
+            self._tracker = cls("rlhf-img", logging_dir=str(folder)) if cls.requires_logging_directory else cls("rlhf-img")
+            self._tracker.start()
+        except ImportError as error:
+            raise RlhfImgError(f'the tracker "{name}" needs a package that is not installed: {error}') from error
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        if self._tracker is not None:
+            self._tracker.log(dict(metrics), step=step)
+
+    def __enter__(self) -> "Tracker":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._tracker is not None:
+            self._tracker.finish()
