@@ -1,4 +1,4 @@
-"""How strictly type and shape hints are enforced under pytest: as mypy reads them, where an int may stand for a float."""
+"""How type and shape hints are enforced under pytest: as mypy reads them, where an int may stand for a float."""
 
 from beartype import BeartypeConf, beartype
 

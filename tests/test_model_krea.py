@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKLQwenImage, Krea2Pipeline, Krea2Transformer2DModel
+from diffusers.models.transformers.transformer_krea2 import Krea2RMSNorm
 from torch import Tensor
 
 from rlhf_img.errors import RlhfImgError
@@ -48,6 +49,7 @@ def tiny_pipeline() -> Krea2Pipeline:
         encoder = build.build_text_encoder(len(tokenizer))
         for parameter in [*transformer.parameters(), *vae.parameters()]:
             parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+        transformer.final_layer.linear.weight.data *= 0.5  # velocities of the size of a real one's
     return Krea2Pipeline(
         scheduler=build.build_scheduler(),
         vae=vae,
@@ -57,6 +59,15 @@ def tiny_pipeline() -> Krea2Pipeline:
         text_encoder_select_layers=build.TEXT_LAYERS,
         patch_size=2,
     )
+
+
+def half_pipeline() -> Krea2Pipeline:
+    """In bfloat16 but for the norms, as `from_pretrained` keeps them."""
+    pipeline = tiny_pipeline().to(dtype=torch.bfloat16)
+    for module in pipeline.transformer.modules():
+        if isinstance(module, Krea2RMSNorm):
+            module.float()
+    return pipeline
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +92,7 @@ def test_the_two_fixtures_are_the_same_model(model: Model, stock: Krea2Pipeline)
 
 @pytest.mark.parametrize("guidance", [0.0, 3.5])
 def test_sampling_equals_the_stock_pipeline(model: Model, stock: Krea2Pipeline, guidance: float) -> None:
-    x = initial_noise(model, [1, 2, 3, 4], SIZE, SIZE)
+    x = initial_noise(model, [1, 2, 1, 2], SIZE, SIZE)
     expected = stock(
         PROMPTS,
         negative_prompt="" if guidance else None,
@@ -92,9 +103,9 @@ def test_sampling_equals_the_stock_pipeline(model: Model, stock: Krea2Pipeline, 
         latents=x,
         output_type="latent",
     ).images
-    ours = sample(model, Conditioner(model), PROMPTS, [1, 2, 3, 4], num_steps=8, guidance=guidance)
-    assert expected.std() > 0.1 and (expected - x).abs().max() > 0.5  # the model does something
-    assert (expected[0] - expected[2]).abs().max() > 1e-2  # and reads its prompt
+    ours = sample(model, Conditioner(model), PROMPTS, [1, 2, 1, 2], num_steps=8, guidance=guidance)
+    assert (expected - x).abs().max() > 0.5  # the model does something
+    assert (expected[0] - expected[2]).abs().max() > 0.1  # and reads its prompt
     torch.testing.assert_close(ours, expected, atol=1e-5, rtol=0)
 
 
@@ -195,7 +206,7 @@ def test_one_sigma_for_all_is_the_same_as_one_each(model: Model) -> None:
     x = torch.randn(3, 4, 64, generator=torch.Generator().manual_seed(1))
     one = velocity(model.transformer, x, torch.tensor(0.7), torch.stack(texts), (2, 2))
     each = velocity(model.transformer, x, torch.full((3,), 0.7), torch.stack(texts), (2, 2))
-    torch.testing.assert_close(one, each, atol=1e-6, rtol=0)
+    torch.testing.assert_close(one, each, atol=1e-5, rtol=0)
 
 
 def test_a_mixed_batch_keeps_its_order(model: Model) -> None:
@@ -228,7 +239,7 @@ def test_a_table_made_under_inference_mode_can_be_trained_with() -> None:
 
 
 def test_bfloat16_base_with_float32_latents() -> None:
-    model = from_pipeline(tiny_pipeline().to(dtype=torch.bfloat16))
+    model = from_pipeline(half_pipeline())
     assert model.transformer.img_in.weight.dtype == torch.bfloat16
     texts = Conditioner(model).encode(["a red circle"])
     x = torch.randn(1, 4, 64, generator=torch.Generator().manual_seed(1))

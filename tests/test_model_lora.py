@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import Krea2Pipeline
-from test_model_krea import PROMPTS, SIZE, tiny_pipeline
+from test_model_krea import PROMPTS, SIZE, half_pipeline, tiny_pipeline
 from torch import Tensor
 
 from rlhf_img.errors import RlhfImgError
@@ -93,7 +93,7 @@ def test_a_step_of_one_role_changes_nothing_else(model: Model) -> None:
 
 
 def test_only_roles_are_trainable_and_float32_whatever_the_base(model: Model) -> None:
-    half = from_pipeline(tiny_pipeline().to(dtype=torch.bfloat16), default_size=SIZE)
+    half = from_pipeline(half_pipeline(), default_size=SIZE)
     add_role(half.transformer, "policy", rank=4, alpha=8.0)
     parameters = role_parameters(half.transformer, "policy")
     assert {p.dtype for p in parameters.values()} == {torch.float32}

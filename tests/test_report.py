@@ -24,7 +24,7 @@ NASTY = 'a <script>alert("1")</script> & a sign reading "OPEN LATE"'
 
 
 def interval(mean: float, half: float = 0.05, n: int = 256) -> dict[str, float]:
-    return {"mean": mean, "low": mean - half, "high": mean + half, "n": n}
+    return {"mean": mean, "low": mean - half, "high": min(1.0, mean + half), "n": n}
 
 
 def write_run(path: Path, *, steps: int = 40, prompts: int = 6, gain: float = 0.22, seed: int = 0) -> Path:
@@ -182,12 +182,13 @@ def test_the_report_says_what_the_files_say(tmp_path: Path) -> None:
         "41 % → 63 %",
         "Better: +22.0 points",
         "95 % interval +15.5 to +28.5",
-        "256 heldout prompts, 1 image each, 16 sampling steps, guidance 0.0.",
+        "256 held-out prompts, 1 image each, 16 sampling steps, guidance 0.0.",
         "93 %",
         "5 min 20 s",  # 40 steps of 8 s
         "40 steps",
         "artifact: unscored in training 64 images",
         "artifact: unscored, after 3 images",
+        "reward/artifact/unscored",
         "ties, mean over steps 0.125",
         "rollout 2 min 40 s 50 % 4.00 s",
         "everything else 20 s 6 % 0.50 s",
@@ -195,7 +196,7 @@ def test_the_report_says_what_the_files_say(tmp_path: Path) -> None:
         "rank: 16",
         "Trained on: rubric, artifact.",
         "Some held-out images are unscored (artifact)",
-        "color 71 % → 82 %",
+        "color n 300 71 % → 82 %",
     ):
         assert said.replace(" ", "") in page.text.replace(" ", ""), said
 
@@ -282,10 +283,10 @@ def test_no_run_is_an_error_that_says_what_was_expected(tmp_path: Path) -> None:
 
 def test_large_images_are_made_smaller(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", prompts=2)
-    noise = np.random.default_rng(0).integers(0, 255, (1024, 1024, 3), dtype=np.uint8)
+    noise = np.random.default_rng(0).integers(0, 255, (600, 500, 3), dtype=np.uint8)
     for tag in ("before", "step_000020", "after"):
         Image.fromarray(noise).save(run / "samples" / tag / "000.png")
-    assert (build([run])).stat().st_size < 1_000_000
+    assert (build([run])).stat().st_size < 600_000
 
 
 def test_the_chart_draws_gaps_as_gaps_and_every_run() -> None:
@@ -305,7 +306,7 @@ def test_the_chart_draws_gaps_as_gaps_and_every_run() -> None:
         (0, 1, [0, 0.5, 1]),
         (-3, 5, [-5, 0, 5]),
         (2e-5, 4e-5, [2e-5, 3e-5, 4e-5]),
-        (0.0, 0.0, [-0.5, 0.0, 0.5]),
+        (0.0, 0.0, [0.0, 0.5, 1.0]),
         (1000.0, 1000.0, [500, 1000, 1500]),
     ],
 )

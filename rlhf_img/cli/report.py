@@ -5,8 +5,6 @@ from typing import Annotated
 
 import typer
 
-from rlhf_img.report import build
-
 
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN [RUN ...]", help="Run directories.")],
@@ -15,4 +13,6 @@ def report(
     ] = None,
 ) -> None:
     """Write a standalone HTML report."""
+    from rlhf_img.report import build  # so that other commands need not wait for it
+
     typer.echo(build(runs, out))

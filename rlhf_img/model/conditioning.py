@@ -35,7 +35,7 @@ class Conditioner:
         self._cache: OrderedDict[tuple[str, bool], Tensor] = OrderedDict()
 
     def encode(self, prompts: Sequence[str]) -> list[Float[Tensor, "_ D"]]:
-        """Fused features (L, D) of every prompt, on the transformer's device and in its dtype; L counts prompt and suffix."""
+        """Fused features (L, D) of every prompt, on the transformer's device; L counts prompt and suffix."""
         transformer = self._model.transformer
         fusion = [*transformer.text_fusion.parameters(), *transformer.txt_in.parameters()]
         trained = any(p.requires_grad for p in fusion)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from diffusers import Krea2Pipeline
 from peft import get_peft_model_state_dict
+from safetensors import SafetensorError
 
 from rlhf_img.errors import RlhfImgError
 from rlhf_img.model.loading import Model
@@ -52,6 +53,6 @@ def load_lora(model: Model, folder: str | Path, role: str) -> None:
         )
         with keep_state(model.transformer):
             model.transformer.load_lora_adapter(weights, adapter_name=role, metadata=metadata)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise RlhfImgError(f'"{file}" is not a LoRA for this model: {error}') from error
     adopt(model.transformer, role)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float
+from numpy.typing import NDArray
 from torch import Tensor
 
 from rlhf_img.errors import RlhfImgError
@@ -25,8 +26,9 @@ def sigmas(
 ) -> Float[Tensor, "{num_steps}+1"]:
     """The S + 1 noise levels of an S-step sampling of `num_tokens` image tokens: from 1 down to 0, float32.
 
-    Equal to what the stock Krea 2 pipeline gets from diffusers' FlowMatchEulerDiscreteScheduler with this config;
-    computed in float64. Raises RlhfImgError for fewer than 1 step and for schedules Krea 2 does not use.
+    Bit for bit what the stock Krea 2 pipeline gets from diffusers' FlowMatchEulerDiscreteScheduler with this config:
+    in float32 and in its order, because the time embedding multiplies a rounding difference by 1000.
+    Raises RlhfImgError for fewer than 1 step and for schedules Krea 2 does not use.
     """
     if num_steps < 1:
         raise RlhfImgError(f"the number of steps must be at least 1; got {num_steps}")
@@ -37,19 +39,19 @@ def sigmas(
     other = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "invert_sigmas", "stochastic_sampling")
     if used := [key for key in (*other, "shift_terminal") if config.get(key)]:
         raise RlhfImgError(f"the model's scheduler sets {', '.join(used)}; only Krea 2's shifted schedule is supported")
-    levels = np.linspace(1.0, 1.0 / num_steps, num_steps)
+    levels: NDArray[np.float32] = np.linspace(1.0, 1.0 / num_steps, num_steps).astype(np.float32)
     if config["use_dynamic_shifting"]:
         slope = (config["max_shift"] - config["base_shift"]) / (
             config["max_image_seq_len"] - config["base_image_seq_len"]
         )
-        mu = config["base_shift"] + slope * (num_tokens - config["base_image_seq_len"])
+        mu = num_tokens * slope + (config["base_shift"] - slope * config["base_image_seq_len"])
         mu = DISTILLED_MU if is_distilled else mu
-        shift = math.exp(mu) if config["time_shift_type"] == "exponential" else mu
+        shift = float(math.exp(mu) if config["time_shift_type"] == "exponential" else mu)
+        levels = shift / (shift + (1 / levels - 1))
     else:
-        shift = config["shift"]
-    # diffusers writes shift / (shift + 1 / s - 1) for the dynamic one: the same function of s.
-    levels = shift * levels / (1 + (shift - 1) * levels)
-    return torch.from_numpy(np.append(levels, 0.0)).float()
+        shift = float(config["shift"])
+        levels = shift * levels / (1 + (shift - 1) * levels)
+    return torch.from_numpy(np.append(levels, np.float32(0)))
 
 
 def euler_step(

@@ -60,7 +60,7 @@ def use_native_gqa(transformer: Krea2Transformer2DModel) -> None:
 
 @lru_cache(maxsize=256)
 def _rotary(
-    theta: int, axes: tuple[int, ...], text_len: int, grid: tuple[int, int], device: torch.device
+    theta: float, axes: tuple[int, ...], text_len: int, grid: tuple[int, int], device: torch.device
 ) -> tuple[Tensor, Tensor]:
     with torch.inference_mode(False), torch.no_grad():  # else a table made while sampling could not be trained with
         positions = Krea2Pipeline.prepare_position_ids(text_len, *grid, device)
@@ -99,7 +99,7 @@ def velocity(
     temb = transformer.time_embed(sigma_B.reshape(-1).to(weight.device), dtype=weight.dtype)
     modulation = transformer.time_mod_proj(F.gelu(temb, approximate="tanh"))
     rope = transformer.rotary_emb
-    rotary = _rotary(rope.theta, tuple(rope.axes_dim), text_BLD.shape[1], tuple(grid), weight.device)
+    rotary = _rotary(float(rope.theta), tuple(rope.axes_dim), text_BLD.shape[1], tuple(grid), weight.device)
 
     hidden = torch.cat([text_BLD.to(weight.dtype), transformer.img_in(x_BNC.to(weight.dtype))], dim=1)
     for block in transformer.transformer_blocks:
@@ -111,7 +111,7 @@ def velocity(
 
 
 def by_length(texts: Sequence[Float[Tensor, "_ *D"]]) -> list[tuple[list[int], Float[Tensor, "_ _ *D"]]]:
-    """Texts of equal length L stacked to (B, L, D), shortest first, each batch with the places its rows had in `texts`."""
+    """Texts (L, D) of equal L stacked to (B, L, D), shortest first, each with the places its rows had in `texts`."""
     places: defaultdict[int, list[int]] = defaultdict(list)
     for place, text in enumerate(texts):
         places[len(text)].append(place)

@@ -13,6 +13,7 @@ from diffusers import (
     Krea2Pipeline,
     Krea2Transformer2DModel,
 )
+from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase, Qwen3VLModel
 
 from rlhf_img.errors import RlhfImgError
@@ -102,8 +103,8 @@ def load(name: str | Path, *, device: torch.device | str | None = None, dtype: t
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     folder = _local_folder(name)
     try:
-        pipeline = Krea2Pipeline.from_pretrained(str(folder or name), torch_dtype=dtype)
-    except (OSError, ValueError) as error:
+        pipeline = Krea2Pipeline.from_pretrained(str(folder or name), dtype=dtype)
+    except (OSError, ValueError, SafetensorError) as error:
         advice = (
             "check that the folder is complete, or save it again"
             if folder

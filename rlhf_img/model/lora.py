@@ -1,5 +1,6 @@
 """Roles (policy, student, critic, ...) as LoRA adapters over one frozen base; the reference is the base itself."""
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -124,10 +125,12 @@ def _activate(transformer: Krea2Transformer2DModel, name: str | None) -> None:
 
 @contextmanager
 def keep_state(transformer: Krea2Transformer2DModel) -> Iterator[None]:
-    """Adding an adapter makes it active and others frozen; undo both."""
+    """Adding an adapter makes it active and others frozen; undo both. That there are several is meant: no warning."""
     before = active_role(transformer)
     trainable = {p: p.requires_grad for p in transformer.parameters()}
-    yield
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
+        yield
     _activate(transformer, before)
     for parameter, flag in trainable.items():
         parameter.requires_grad_(flag)

@@ -16,6 +16,7 @@ from diffusers import AutoencoderKLQwenImage, Krea2Pipeline
 from PIL import Image
 from torch import Tensor
 
+from rlhf_img.model.forward import use_native_gqa
 from rlhf_img.model.vae import single_frame
 from rlhf_img.playground import build
 from rlhf_img.playground.data import WRONG_CAPTIONS, describe, example, prompts
@@ -27,11 +28,11 @@ class PretrainConfig:
     """The recipe of the embedded model."""
 
     seed: int = 0
-    scenes: int = 80_000
+    scenes: int = 51_200
     """Training scenes of the DiT."""
-    vae: FitConfig = FitConfig(steps=3600, lr=1.5e-3, ema=0.995)
+    vae: FitConfig = FitConfig(steps=5000, lr=1.5e-3, ema=0.995)
     text: FitConfig = FitConfig(steps=1000, lr=2e-3)
-    dit: FitConfig = FitConfig(steps=9000, lr=1.5e-3, ema=0.998, save_every=500)
+    dit: FitConfig = FitConfig(steps=6500, lr=1.5e-3, ema=0.998, save_every=500)
     batch: int = 64
     """Examples a step of the text encoder and the DiT; the autoencoder takes a quarter of it."""
     drop: float = 0.1
@@ -170,8 +171,9 @@ def train_dit(pipe: Krea2Pipeline, cache: Cache, config: PretrainConfig, work: P
         x0, text, sigma, eps = (t.to(device) for t in (x0, text, sigma, eps))
         x = torch.lerp(x0, eps, sigma[:, None, None])
         positions = pipe.prepare_position_ids(text.shape[1], 4, 4, device)
-        v = transformer(x, text, sigma, positions, return_dict=False)[0]
-        return F.mse_loss(v, eps - x0)
+        with torch.autocast(device.type, torch.bfloat16):
+            v = transformer(x, text, sigma, positions, return_dict=False)[0]
+        return F.mse_loss(v.float(), eps - x0)
 
     shown = prompts("val", 12) + prompts("heldout", 12)
 
@@ -184,7 +186,7 @@ def train_dit(pipe: Krea2Pipeline, cache: Cache, config: PretrainConfig, work: P
                              max_sequence_length=40, generator=generator, output_type="pt").images)
         save_grid(torch.cat(rows), work / f"dit_{step:06d}.png", columns=12)
 
-    transformer.to(device)
+    use_native_gqa(transformer)
     fit("dit", transformer, loss_fn, config.dit, work, preview)
 
 

@@ -28,7 +28,7 @@ BACKGROUNDS: dict[str, tuple[int, int, int]] = {
 STYLES = ("film grain", "soft focus", "vignette")
 WORDS = ("GO", "HI", "NO", "UP", "SUN", "CAT", "BUS", "TEA", "OPEN", "STOP", "LOVE", "MOON")
 RELATIONS = ("left of", "right of", "above", "below")
-RADII = {"small": (6.0, 7.5), "medium": (8.5, 9.5), "large": (11.0, 13.0)}
+RADII = {"small": (7.5, 8.5), "medium": (9.5, 10.5), "large": (12.0, 13.5)}
 """Radius of the circle with an object's nominal extent, in pixels."""
 
 Split = Literal["train", "val", "heldout"]
@@ -158,7 +158,7 @@ def _place(
     for _ in range(40):
         x, y = float(rng.uniform(low, high)), float(rng.uniform(top, bottom))
         thing = Thing(shape=shape, color=color, size=size, x=x, y=y, radius=radius)
-        if any(np.hypot(x - o.x, y - o.y) < radius + o.radius + 3 for o in others):
+        if any(np.hypot(x - o.x, y - o.y) < radius + o.radius + 4 for o in others):
             continue
         if relation and others and not holds(relation, others[0], thing):
             continue

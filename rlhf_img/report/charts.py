@@ -70,8 +70,7 @@ def nice_ticks(low: float, high: float) -> list[float]:
     [0.1, 0.2, 0.3, 0.4]
     """
     if high - low <= 1e-12 * max(abs(low), abs(high), 1e-12):
-        margin = abs(low) / 2 or 0.5
-        low, high = low - margin, high + margin
+        low, high = (low - abs(low) / 2, high + abs(high) / 2) if low else (0.0, 1.0)
     rough = (high - low) / 3
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= rough * 0.999)

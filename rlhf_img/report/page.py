@@ -197,9 +197,10 @@ def _delta(
 
 
 def _chart_groups(views: Sequence[RunView]) -> dict[str, list[Chart]]:
-    """Every metric once, in the first group that claims it. Step and times have no curve."""
+    """Every metric once, in the first group that claims it. Step, times and counts that stay 0 have no curve."""
     keys = dict.fromkeys(key for view in views for key in view.run.metrics)
     left = [key for key in keys if key != "step" and not key.startswith("time/")]
+    left = [k for k in left if not k.endswith("/unscored") or any(any(v.run.metrics.get(k, ())) for v in views)]
     groups: dict[str, list[Chart]] = {}
     for title, prefixes in _GROUPS.items():
         mine = [key for key in left if key.startswith(prefixes)]
@@ -267,9 +268,9 @@ def percent(value: float) -> str:
     """A share as a percentage.
 
     >>> percent(0.4123)
-    '41 %'
+    '41\\xa0%'
     """
-    return f"{100 * value:.0f} %"
+    return f"{100 * value:.0f}\N{NO-BREAK SPACE}%"
 
 
 def points(value: float) -> str:

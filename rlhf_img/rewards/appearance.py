@@ -31,7 +31,9 @@ class Look:
         """The images in this look, rounded to 8 bits."""
         x = images_B3HW * self.gain_B3[..., None, None] + self.offset_B3[..., None, None] + self.mottle_B3HW
         x = gaussian_blur(x, self.blur_B)
-        x = x + self.sharpen_B[:, None, None, None] * (x - gaussian_blur(x, torch.ones_like(self.blur_B)))
+        sharp = self.sharpen_B > 0
+        soft = gaussian_blur(x, sharp.float())
+        x = x + self.sharpen_B[:, None, None, None] * (x - soft)
         x = x * _shade(x, self.vignette_B) + self.noise_B3HW
         return x.clamp(0, 1).mul(255).round().div(255)
 
@@ -66,9 +68,15 @@ def random_look(batch: int, side: int, generator: torch.Generator) -> Look:
 
 def gaussian_blur(x_B3HW: Float[Tensor, "B 3 H W"], sigma_B: Float[Tensor, " B"]) -> Float[Tensor, "B 3 H W"]:
     """Each image blurred with its own standard deviation in pixels; 0 leaves it as it is."""
+    blurred = sigma_B > 0
+    if not blurred.all():
+        out = x_B3HW.clone()
+        if blurred.any():
+            out[blurred] = gaussian_blur(x_B3HW[blurred], sigma_B[blurred])
+        return out
     batch, channels, height, width = x_B3HW.shape
     reach = torch.arange(-_REACH, _REACH + 1)
-    kernel = torch.exp(-0.5 * (reach / sigma_B.clamp_min(1e-3)[:, None]) ** 2)
+    kernel = torch.exp(-0.5 * (reach / sigma_B[:, None]) ** 2)
     kernel = (kernel / kernel.sum(dim=1, keepdim=True)).repeat_interleave(channels, 0)
     x = F.pad(x_B3HW, (_REACH,) * 4, mode="replicate").reshape(1, batch * channels, height + 2 * _REACH, -1)
     x = F.conv2d(x, kernel[:, None, :, None], groups=batch * channels)

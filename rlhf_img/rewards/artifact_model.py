@@ -29,11 +29,11 @@ class DefectNet(nn.Module):
         self.features = nn.Sequential(
             _layer(3, 16),
             _layer(16, 32, stride=2),
-            _layer(32, 32),
+            _Residual(32),
             _layer(32, 64, stride=2),
-            _layer(64, 64),
-            _layer(64, 64, dilation=2),
-            _layer(64, 64, dilation=4),
+            _Residual(64),
+            _Residual(64, dilation=2),
+            _Residual(64, dilation=4),
         )
         self.head = nn.Conv2d(64, len(CLASSES), 1)
         # Rare at first: a cell holds a defect of one class about once in a hundred.
@@ -103,6 +103,17 @@ def load_detector(path: Path = WEIGHTS) -> Detector:
     net = DefectNet()
     net.load_state_dict(load_file(path))
     return Detector(net=net.eval().to(memory_format=torch.channels_last), side=int(card["side"]))  # type: ignore[call-overload]
+
+
+class _Residual(nn.Module):
+    """A layer beside a shortcut, through which the layers below learn from the first step."""
+
+    def __init__(self, width: int, *, dilation: int = 1) -> None:
+        super().__init__()
+        self.layer = _layer(width, width, dilation=dilation)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.layer(x)
 
 
 def _layer(inputs: int, outputs: int, *, stride: int = 1, dilation: int = 1) -> nn.Sequential:

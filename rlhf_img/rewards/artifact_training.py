@@ -25,7 +25,7 @@ from rlhf_img.rewards.defects import CLASSES, inject, object_masks
 CleanTransform = Callable[[Tensor], Tensor]
 """Leaves a clean image clean, such as a VAE's reconstruction: (B, 3, H, W) in [0, 1] to the same."""
 
-_VISIBLE_PX = 12
+_VISIBLE_PX = 16
 """A defect that changes fewer pixels clearly, after the look, is not taught: its label would be noise."""
 
 
@@ -38,13 +38,13 @@ class ArtifactTraining:
     beside the images'. seed: of everything. save_every: steps between checkpoints.
     """
 
-    steps: int = 900
-    pairs: int = 48
+    steps: int = 2000
+    pairs: int = 28
     lr: float = 3e-3
     weight_decay: float = 1e-2
     heat_weight: float = 20.0
     seed: int = 0
-    save_every: int = 50
+    save_every: int = 100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +87,7 @@ def make_pairs(
         with torch.no_grad():
             x[half], y[half] = transform(x[half]).clamp(0, 1), transform(y[half]).clamp(0, 1)
     x, y = look(x), look(y)
-    mask = (x - y).abs().amax(dim=1) > (0.1 + look.grain_B)[:, None, None]
+    mask = (x - y).abs().amax(dim=1) > (0.12 + 1.5 * look.grain_B)[:, None, None]
     return Pairs(clean_B3HW=x, damaged_B3HW=y, class_B=torch.tensor(classes), mask_BHW=mask,
                  visible_B=mask.sum(dim=(1, 2)) >= _VISIBLE_PX)
 

@@ -86,7 +86,7 @@ def speckle(image: Image, objects: np.ndarray, rng: np.random.Generator) -> Imag
 
 
 def seam(image: Image, objects: np.ndarray, rng: np.random.Generator) -> Image:
-    """The picture cut and misjoined along a line through an object, a foreign line, or a grid of lines."""
+    """A strip through an object out of place, a foreign line, or a grid of lines."""
     turned = rng.random() < 0.5
     view = image.transpose(1, 0, 2) if turned else image
     out = view.copy()
@@ -95,7 +95,8 @@ def seam(image: Image, objects: np.ndarray, rng: np.random.Generator) -> Image:
     contrast = rng.uniform(30, 80) * rng.choice((-1, 1))
     match rng.integers(3):
         case 0:
-            span = slice(y, None) if rng.random() < 0.5 else slice(y, y + int(rng.integers(4, 12)))
+            # A strip and not all that lies below: of that, most would look whole, and be labelled broken.
+            span = slice(y, y + int(rng.integers(3, 10)))
             out[span] = np.roll(view[span], int(rng.integers(3, 7)) * int(rng.choice((-1, 1))), axis=1)
         case 1:
             out[y : y + int(rng.integers(1, 3))] = np.clip(view[y : y + 1] + contrast, 0, 255)
@@ -115,7 +116,8 @@ def color_bleed(image: Image, objects: np.ndarray, rng: np.random.Generator) -> 
     y, x = _point(thing & ~ndimage.binary_erosion(thing), rng)
     if rng.random() < 0.5:
         source, target, color = thing, ~objects.any(axis=0), _color_of(image, thing)
-        y, x = 2 * y - _center(thing)[0], 2 * x - _center(thing)[1]  # further out
+        center_y, center_x = _center(thing)
+        y, x = 2 * y - center_y, 2 * x - center_x  # further out
     else:
         others = [c for c in _PALETTE if np.abs(c.astype(int) - _color_of(image, thing)).max() > 60]
         source, target, color = thing, thing, others[rng.integers(len(others))]
@@ -197,8 +199,9 @@ def _radius(mask: np.ndarray) -> float:
     return float(np.sqrt(mask.sum() / np.pi))
 
 
-def _center(mask: np.ndarray) -> np.ndarray:
-    return np.round(np.argwhere(mask).mean(axis=0)).astype(int)
+def _center(mask: np.ndarray) -> tuple[int, int]:
+    y, x = np.round(np.argwhere(mask).mean(axis=0))
+    return int(y), int(x)
 
 
 def _color_of(image: Image, mask: np.ndarray) -> np.ndarray:

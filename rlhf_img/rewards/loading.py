@@ -82,7 +82,7 @@ def _load(entry: Mapping[str, Any]) -> Reward:
         if key not in _KEYS:
             raise RlhfImgError(f'reward {entry["reward"]} has no setting "{key}"; {did_you_mean(str(key), _KEYS)}')
     fn, default_name, source = _find(entry["reward"])
-    settings = _declared(fn, entry["reward"]) | {k: v for k, v in entry.items() if k not in ("reward", "options")}
+    settings = _declared(fn) | {k: v for k, v in entry.items() if k not in ("reward", "options")}
     settings["name"] = settings.get("name", default_name)
     settings["range"] = _range(settings.get("range", (0.0, 1.0)), settings["name"])
     if "floor" not in settings:
@@ -93,9 +93,7 @@ def _load(entry: Mapping[str, Any]) -> Reward:
                 f"deviation, in its own units, below which differences between images are noise"
             )
         settings["floor"] = 0.02 * (high - low)
-    for key in ("weight", "floor", "below", "cap"):
-        if key in settings and (isinstance(settings[key], bool) or not isinstance(settings[key], int | float)):
-            raise RlhfImgError(f"reward {settings['name']}: {key} is a number; given {settings[key]!r}")
+    _check_types(settings)
     return Reward(fn=_bind(fn, entry.get("options") or {}, settings["name"]), source=source, **settings)
 
 
@@ -159,13 +157,25 @@ def _callable(found: Any, name: str) -> Any:
     return found
 
 
-def _declared(fn: Any, name: str) -> dict[str, Any]:
+def _declared(fn: Any) -> dict[str, Any]:
     """What the function says of itself in its optional attributes. Its `__name__` is not asked."""
     offered = {key: getattr(fn, key, None) for key in ("name", "range", "role", "group", "floor")}
     declared = {key: value for key, value in offered.items() if value is not None}
-    if not isinstance(declared.get("group", False), bool):
-        raise RlhfImgError(f"reward {name}: group is True or False; given {declared['group']!r}")
     return declared
+
+
+def _check_types(settings: Mapping[str, Any]) -> None:
+    """YAML and function attributes may hold anything; `Reward` itself checks the ranges of what passes here."""
+    name = settings["name"]
+    if not isinstance(name, str) or not name:
+        raise RlhfImgError(f"the name of a reward is a string; given {name!r}")
+    for key in ("weight", "floor", "below", "cap"):
+        if key in settings and (isinstance(settings[key], bool) or not isinstance(settings[key], int | float)):
+            raise RlhfImgError(f"reward {name}: {key} is a number; given {settings[key]!r}")
+    if settings.get("role", "objective") not in ("objective", "gate"):
+        raise RlhfImgError(f'reward {name}: role is "objective" or "gate"; given {settings["role"]!r}')
+    if not isinstance(settings.get("group", False), bool):
+        raise RlhfImgError(f"reward {name}: group is true or false; given {settings['group']!r}")
 
 
 def _range(given: Any, name: str) -> tuple[float, float]:

@@ -118,8 +118,6 @@ class Reward:
         low, high = self.range
         if not low < high:
             raise RlhfImgError(f"reward {self.name}: range is (lowest, highest); given {self.range}")
-        if self.role not in ("objective", "gate"):
-            raise RlhfImgError(f'reward {self.name}: role is "objective" or "gate"; given {self.role!r}')
         if not (math.isfinite(self.weight) and self.weight >= 0):
             raise RlhfImgError(f"reward {self.name}: weight is a number of at least 0; given {self.weight}")
         if not (math.isfinite(self.floor) and self.floor > 0):
@@ -257,23 +255,26 @@ class _Call:
         return [self._verdict(value) for value in given]
 
     def _verdict(self, value: object) -> Verdict:
-        verdict = value if isinstance(value, Verdict) else Verdict(value=value)  # type: ignore[arg-type]
-        if verdict.value is None:
-            return Verdict(value=None, reason=verdict.reason or "no score given", details=verdict.details)
+        """What was returned for one image, checked against the declared range."""
+        details = value.details if isinstance(value, Verdict) else None
+        given = value.value if isinstance(value, Verdict) else value
+        if given is None:
+            reason = value.reason if isinstance(value, Verdict) else None
+            return Verdict(value=None, reason=reason or "no score given", details=details)
         try:
-            number = float(verdict.value)
+            number = float(given)  # type: ignore[arg-type]
         except (TypeError, ValueError):
             raise RlhfImgError(
-                f"reward {self.reward.name} returned {value!r}; each value must be a number, None or a Verdict"
+                f"reward {self.reward.name} returned {given!r}; each value must be a number, None or a Verdict"
             ) from None
         low, high = self.reward.range
         if not math.isfinite(number):
-            return Verdict(value=None, reason=f"not a finite number: {number}", details=verdict.details)
+            return Verdict(value=None, reason=f"not a finite number: {number}", details=details)
+        # Sums of float32 may pass a bound by their rounding error.
         slack = 1e-6 * (high - low) if math.isfinite(high - low) else 0.0
         if not low - slack <= number <= high + slack:
-            reason = f"out of its declared range [{low:g}, {high:g}]"
-            return Verdict(value=None, reason=reason, details=verdict.details)
-        return Verdict(value=min(max(number, low), high), details=verdict.details)
+            return Verdict(value=None, reason=f"out of its declared range [{low:g}, {high:g}]", details=details)
+        return Verdict(value=min(max(number, low), high), details=details)
 
     def _column(self, outcomes: Sequence[Sequence[Verdict]], seconds: float) -> _Column:
         verdicts = [verdict for outcome in outcomes for verdict in outcome]

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from functools import lru_cache
 
+import numpy as np
+
 from rlhf_img import rubrics as rubric_room
 from rlhf_img.rewards.protocol import Images, Verdict
 from rlhf_img.rubrics.schema import Rubric
@@ -33,7 +35,7 @@ def rubric_of(prompt: str) -> Rubric:
     return rubric_room.decompose(prompt).rubric
 
 
-def _verdict(rubric: Rubric, image: object) -> Verdict:
+def _verdict(rubric: Rubric, image: np.ndarray) -> Verdict:
     result = rubric_room.score(rubric, image)
     if result.total is not None:
         return Verdict(value=result.total, details=result)

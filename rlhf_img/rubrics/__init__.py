@@ -1,0 +1,81 @@
+"""Rubrics: what a prompt asks for as verifiable requirements, decomposed, checked by classical vision, and scored.
+
+    >>> from rlhf_img import rubrics
+    >>> rubrics.decompose("two red circles on grey").rubric.requirements[0].id
+    'circle'
+
+Nothing here imports torch; what is named below is imported when first used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rlhf_img.rubrics.checks import Check, CheckResult, find_check
+    from rlhf_img.rubrics.grammar import Decomposition, decompose
+    from rlhf_img.rubrics.linter import lint
+    from rlhf_img.rubrics.schema import (
+        Aggregate,
+        Gate,
+        Requirement,
+        Rubric,
+        Source,
+        dump_rubrics,
+        load_rubrics,
+        parse_rubrics,
+    )
+    from rlhf_img.rubrics.scoring import RequirementResult, RubricResult, score
+    from rlhf_img.rubrics.vision import Analysis, Thing, analyze
+
+_HOME = {
+    "Check": "checks",
+    "CheckResult": "checks",
+    "find_check": "checks",
+    "Decomposition": "grammar",
+    "decompose": "grammar",
+    "lint": "linter",
+    "Aggregate": "schema",
+    "Gate": "schema",
+    "Requirement": "schema",
+    "Rubric": "schema",
+    "Source": "schema",
+    "dump_rubrics": "schema",
+    "load_rubrics": "schema",
+    "parse_rubrics": "schema",
+    "RequirementResult": "scoring",
+    "RubricResult": "scoring",
+    "score": "scoring",
+    "Analysis": "vision",
+    "Thing": "vision",
+    "analyze": "vision",
+}
+__all__ = [
+    "Aggregate",
+    "Analysis",
+    "Check",
+    "CheckResult",
+    "Decomposition",
+    "Gate",
+    "Requirement",
+    "RequirementResult",
+    "Rubric",
+    "RubricResult",
+    "Source",
+    "Thing",
+    "analyze",
+    "decompose",
+    "dump_rubrics",
+    "find_check",
+    "lint",
+    "load_rubrics",
+    "parse_rubrics",
+    "score",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value: object = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value

@@ -46,14 +46,21 @@ SHAPE_SYNONYMS = {
 }
 NOUN_SYNONYMS = {**SHAPE_SYNONYMS, "people": "person", "persons": "person", "men": "man", "women": "woman"}
 
-SIZES: dict[str, tuple[float, float]] = {"small": (0.0, 0.125), "medium": (0.125, 0.16), "large": (0.16, 1.0)}
+SIZES: dict[str, tuple[float, float]] = {"small": (0.0, 0.14), "medium": (0.14, 0.175), "large": (0.175, 1.0)}
 """Range of an object's nominal radius, as a fraction of the image side."""
 SIZE_SYNONYMS = {"tiny": "small", "little": "small", "big": "large", "huge": "large", "medium-sized": "medium"}
 
-NUMBERS = {
-    word: n
-    for n, word in enumerate("one two three four five six seven eight nine ten eleven twelve".split(), start=1)
-} | {"a": 1, "an": 1, "a single": 1, "single": 1, "a pair of": 2, "pair of": 2, "a couple of": 2, "a dozen": 12}
+_ONE_TO_TWELVE = "one two three four five six seven eight nine ten eleven twelve"
+NUMBERS = {word: n for n, word in enumerate(_ONE_TO_TWELVE.split(), start=1)} | {
+    "a": 1,
+    "an": 1,
+    "a single": 1,
+    "single": 1,
+    "a pair of": 2,
+    "pair of": 2,
+    "a couple of": 2,
+    "a dozen": 12,
+}
 
 RELATIONS = {
     "to the left of": "left of",
@@ -91,7 +98,14 @@ STYLES: dict[str, Style] = {
         permits=("blur",),
     ),
     "vignette": Style(
-        phrases=("dark vignette corners", "dark vignette", "vignette corners", "vignette", "vignetting", "dark corners"),
+        phrases=(
+            "dark vignette corners",
+            "dark vignette",
+            "vignette corners",
+            "vignette",
+            "vignetting",
+            "dark corners",
+        ),
         permits=("vignette",),
     ),
 }
@@ -107,13 +121,13 @@ BACKGROUND_NOUNS = ("background", "backdrop")
 TEXT_NOUNS = ("word", "words", "text", "letters", "caption", "title")
 TEXT_VERBS = ("that reads", "that says", "reading", "saying", "labelled", "labeled", "spelling", "with")
 
-STOP_WORDS = frozenset(
-    """a an the and or nor but of in on at to by for from with without no not is are was were be being been it its
-    this that these those there their his her as into onto over under above below beneath against next near beside
-    behind between around through across while who which some any all each every both other another than then very
-    has have having facing front inside outside left right top bottom""".split()
-)
+_STOP_WORDS = """a an the and or nor but of in on at to by for from with without no not is are was were be being been
+    it its this that these those there their his her as into onto over under above below beneath against next near
+    beside behind between around through across while who which some any all each every both other another than then
+    very has have having facing front inside outside left right top bottom"""
+STOP_WORDS = frozenset(_STOP_WORDS.split())
 """Words that end a noun phrase and are never a noun."""
 
-NOUNS_IN_ING = frozenset("ring king wing string spring building painting ceiling earring clothing drawing".split())
+_NOUNS_IN_ING = "ring king wing string spring building painting ceiling earring clothing drawing"
+NOUNS_IN_ING = frozenset(_NOUNS_IN_ING.split())
 """Nouns that look like verbs; other words in -ing end a noun phrase."""

@@ -3,9 +3,9 @@
 from functools import cache
 from typing import Any
 
-import cv2
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
 from rlhf_img.errors import RlhfImgError
 
@@ -41,10 +41,10 @@ def read(image: npt.NDArray[np.uint8], box: tuple[float, float, float, float]) -
     pad = 0.2 * (box[3] - box[1]) * height
     left, right = max(0, round(box[0] * width - pad)), min(width, round(box[2] * width + pad))
     top, bottom = max(0, round(box[1] * height - pad)), min(height, round(box[3] * height + pad))
-    line = image[top:bottom, left:right, ::-1]
-    scale = _LINE_HEIGHT / line.shape[0]
-    line = cv2.resize(line, (max(8, round(line.shape[1] * scale)), _LINE_HEIGHT), interpolation=cv2.INTER_CUBIC)
-    result = _engine()(line, use_det=False, use_cls=False, use_rec=True)
+    line = Image.fromarray(image[top:bottom, left:right])
+    size = (max(8, round(line.width * _LINE_HEIGHT / line.height)), _LINE_HEIGHT)
+    pixels = np.asarray(line.resize(size, Image.Resampling.BICUBIC))[..., ::-1]  # rapidocr wants BGR
+    result = _engine()(pixels, use_det=False, use_cls=False, use_rec=True)
     if not result.txts:
         return "", 0.0
     return str(result.txts[0]), float(result.scores[0])

@@ -7,7 +7,17 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, ValidationError, model_validator
+from pydantic import (
+    AliasChoices,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictInt,
+    StrictStr,
+    ValidationError,
+    model_validator,
+)
 
 from rlhf_img.errors import RlhfImgError, did_you_mean
 
@@ -47,7 +57,9 @@ class Requirement(_Model):
     target: str | None = None
     equals: StrictBool | StrictInt | StrictStr | None = None
     subject: str | None = None
-    relation: str | None = Field(default=None, alias="is")
+    relation: str | None = Field(
+        default=None, validation_alias=AliasChoices("is", "relation"), serialization_alias="is"
+    )
     object: str | None = None
     expect: Literal["present", "absent"] = "present"
     ask: str | None = None
@@ -67,7 +79,9 @@ class Requirement(_Model):
         if missing := sorted(needed - given):
             raise ValueError(f"check {self.check} lacks {', '.join(missing)}; it takes {_fields_of(self.check)}")
         if surplus := sorted(given - needed - set(_OPTIONAL_FIELDS.get(self.check, ()))):
-            raise ValueError(f"check {self.check} does not take {', '.join(surplus)}; it takes {_fields_of(self.check)}")
+            raise ValueError(
+                f"check {self.check} does not take {', '.join(surplus)}; it takes {_fields_of(self.check)}"
+            )
         if self.expect == "absent" and self.check not in ("object", "style", "vqa"):
             raise ValueError(f"expect: absent fits the checks object, style and vqa, not {self.check}")
         self._equals_has_right_type()
@@ -81,8 +95,8 @@ class Requirement(_Model):
                 raise ValueError(f"equals of a count is a whole number such as 3, not {self.equals!r}")
         elif not isinstance(self.equals, str):
             raise ValueError(
-                f"equals of {self.check} is a string, not {self.equals!r}: YAML reads the bare words NO, on, yes, 12:30 "
-                'and 007 as booleans and numbers. Put it in quotes: equals: "..."'
+                f"equals of {self.check} is a string, not {self.equals!r}: YAML reads the bare words NO, on, "
+                'yes, 12:30 and 007 as booleans and numbers. Put it in quotes: equals: "..."'
             )
         if self.check == "text" and not str(self.equals).strip():
             raise ValueError("equals of text is empty; give the words that the image must show")
@@ -137,7 +151,9 @@ class Rubric(_Model):
         for requirement in self.requirements:
             for need in requirement.needs:
                 if need not in ids:
-                    raise ValueError(f"{requirement.id} needs {need}, which no requirement is; {did_you_mean(need, ids)}")
+                    raise ValueError(
+                        f"{requirement.id} needs {need}, which no requirement is; {did_you_mean(need, ids)}"
+                    )
         if cycle := _find_cycle({r.id: r.needs for r in self.requirements}):
             raise ValueError(f"needs go in a circle: {' -> '.join(cycle)}; remove one of them")
         return self
@@ -242,14 +258,19 @@ def _explain(error: object, item: object) -> str:
         return f"expected a rubric (a mapping with prompt and requirements), got {type(item).__name__}"
     if error["type"] == "extra_forbidden":
         model = _model_at(location)
-        known = [field.alias or name for name, field in model.model_fields.items()]
+        known = [field.serialization_alias or name for name, field in model.model_fields.items()]
         return f"{path}: unknown field {location[-1]!r}; {did_you_mean(str(location[-1]), known)}"
     if error["type"] == "invalid_key":
-        return f"{path}: the key {location[-1]} is no string: YAML reads the bare words on, yes and NO as booleans; quote it"
+        return f"{path}: the key {location[-1]} is no string: YAML reads bare on, yes and NO as booleans; quote it"
     given = f" (got {error['input']!r})" if error["type"] not in ("value_error", "missing") else ""
     return f"{path}: {message}{given}" if path else f"{message}"
 
 
 def _model_at(location: Sequence[int | str]) -> type[BaseModel]:
-    models = {"requirements": Requirement, "aggregate": Aggregate, "gates": Gate, "source": Source}
+    models: dict[str, type[BaseModel]] = {
+        "requirements": Requirement,
+        "aggregate": Aggregate,
+        "gates": Gate,
+        "source": Source,
+    }
     return models.get(str(location[0]), Rubric) if len(location) > 1 else Rubric

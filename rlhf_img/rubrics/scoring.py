@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -36,9 +37,7 @@ class RubricResult:
     requirements: tuple[RequirementResult, ...]
 
 
-def score(
-    rubric: Rubric, image: npt.NDArray[np.uint8], checks: Mapping[str, Check] | None = None
-) -> RubricResult:
+def score(rubric: Rubric, image: npt.NDArray[Any], checks: Mapping[str, Check] | None = None) -> RubricResult:
     """Score an image against its rubric.
 
     Args:
@@ -48,7 +47,9 @@ def score(
     Raises RlhfImgError if the image has another form or a check cannot be loaded or misbehaves.
     """
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or min(image.shape[:2]) < 16:
-        raise RlhfImgError(f"the image is {image.dtype} {image.shape}; expected uint8 (H, W, 3), RGB, at least 16 px a side")
+        raise RlhfImgError(
+            f"the image is {image.dtype} {image.shape}; expected uint8 (H, W, 3), RGB, at least 16 px a side"
+        )
     analysis = analyze(image)
     raw = {r.id: _run(r, analysis, checks or {}) for r in rubric.requirements}
     final = apply_needs({r.id: r.needs for r in rubric.requirements}, {i: c.score for i, c in raw.items()})
@@ -81,9 +82,7 @@ def _run(requirement: Requirement, analysis: Analysis, checks: Mapping[str, Chec
     return result
 
 
-def apply_needs(
-    needs: Mapping[str, Sequence[str]], scores: Mapping[str, float | None]
-) -> dict[str, float | None]:
+def apply_needs(needs: Mapping[str, Sequence[str]], scores: Mapping[str, float | None]) -> dict[str, float | None]:
     """Cap each score by those that it needs, and by what those need in turn.
 
     Capping keeps both softness and the verdict: a score stays at 0.5 or more if and only if all it rests on does.
@@ -104,7 +103,7 @@ def apply_needs(
 def aggregate(
     results: Sequence[RequirementResult], how: Aggregate, musts: frozenset[str] = frozenset()
 ) -> float | None:
-    """The total in [0, 1]; None if the scored requirements have less than `min_scored` of the weight, or none is scored."""
+    """The total in [0, 1]; None if none is scored, or those scored have less than `min_scored` of the weight."""
     scored = [(r.score, r.weight) for r in results if r.score is not None]
     everything, weight = sum(r.weight for r in results), sum(w for _, w in scored)
     # the tolerance keeps 0.7 of 1.0 from failing a min_scored of 0.7 by rounding

@@ -1,12 +1,13 @@
 """Which shape a patch is: unit outlines laid over it at its own place and size, blurred as the image is."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 
-import cv2
 import numpy as np
 import numpy.typing as npt
+from PIL import Image, ImageDraw
 
-Array = npt.NDArray[np.float32]
+Array = npt.NDArray[np.floating]
 _OVERSAMPLE = 4
 _GOOD, _BAD = 0.90, 0.66
 """Overlap (soft intersection over union) at which a patch surely is, and surely is not, the shape."""
@@ -53,8 +54,12 @@ OUTLINES: dict[str, Array] = {
 
 
 def _moments(outline: Array) -> tuple[float, float, float]:
-    m = cv2.moments(outline)
-    return abs(m["m00"]), m["m10"] / m["m00"], m["m01"] / m["m00"]
+    """Area and centre of mass of a polygon (the shoelace formulas)."""
+    x, y = outline.T.astype(float)
+    next_x, next_y = np.roll(x, -1), np.roll(y, -1)
+    cross = x * next_y - next_x * y
+    area = cross.sum() / 2
+    return abs(area), ((x + next_x) * cross).sum() / (6 * area), ((y + next_y) * cross).sum() / (6 * area)
 
 
 _MOMENTS = {shape: _moments(outline) for shape, outline in OUTLINES.items()}
@@ -96,22 +101,31 @@ def _blurred(
     center = x - cx * radius, y - cy * radius
     drawn = _draw(OUTLINES[shape] * radius + center, size)
     if blur > 0.45:
-        drawn = cv2.GaussianBlur(drawn, (0, 0), blur)
+        rows, columns = (_blur_matrix(n, round(blur, 1)) for n in size)
+        drawn = rows @ drawn @ columns
     if blur > 1:
         inside = drawn[drawn > 0.5 * drawn.max()]
-        drawn = np.minimum(drawn / np.median(inside[inside >= core_level(inside)]), 1)
+        drawn = np.minimum(drawn / np.float32(np.median(inside[inside >= core_level(inside)])), 1)
     return drawn, center
 
 
 def _draw(corners: npt.NDArray[np.floating], size: tuple[int, ...]) -> Array:
     """An antialiased polygon, (h, w) in [0, 1]."""
     height, width = size
-    canvas = np.zeros((height * _OVERSAMPLE, width * _OVERSAMPLE), np.uint8)
-    # fillPoly takes pixel centres, in 1/16 px
-    points = np.rint((corners * _OVERSAMPLE - 0.5) * 16).astype(np.int32)
-    cv2.fillPoly(canvas, [points], 255, shift=4)
-    small = cv2.resize(canvas, (width, height), interpolation=cv2.INTER_AREA)
-    return small.astype(np.float32) / 255
+    canvas = Image.new("L", (width * _OVERSAMPLE, height * _OVERSAMPLE))
+    # Pillow counts the pixels on the outline in: half a pixel less on each side keeps the area
+    points = corners * _OVERSAMPLE - 0.5
+    ImageDraw.Draw(canvas).polygon([(float(x), float(y)) for x, y in points], fill=255)
+    return np.asarray(canvas.reduce(_OVERSAMPLE), np.float32) / 255
+
+
+@lru_cache(maxsize=512)
+def _blur_matrix(size: int, sigma: float) -> Array:
+    """(size, size): multiplied from the left and the right it is a Gaussian blur over black surroundings."""
+    offsets = np.arange(size)[:, None] - np.arange(size)[None, :]
+    weights = np.exp(-0.5 * (offsets / sigma) ** 2)
+    total = np.exp(-0.5 * (np.arange(-40, 41) / sigma) ** 2).sum()
+    return np.asarray(weights / total, np.float32)
 
 
 def scores(fits: dict[str, Fit]) -> dict[str, float]:

@@ -23,7 +23,7 @@ class Tracker:
             raise RlhfImgError(f'there is no tracker "{name}"; {did_you_mean(name, [NONE, *LOGGER_TYPE_TO_CLASS])}')
         cls = LOGGER_TYPE_TO_CLASS[name]
         try:
-            self._tracker = cls("rlhf-img", logging_dir=str(folder)) if cls.requires_logging_directory else cls("rlhf-img")
+            self._tracker = cls("rlhf-img", logging_dir=str(folder / "trackers")) if cls.requires_logging_directory else cls("rlhf-img")
             self._tracker.start()
         except ImportError as error:
             raise RlhfImgError(f'the tracker "{name}" needs a package that is not installed: {error}') from error

@@ -1,0 +1,166 @@
+"""`rlhf-img rubric`: make rubrics from prompts, check them, look at them, and score an image with one."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from rich.tree import Tree
+
+from rlhf_img import rubrics
+from rlhf_img.errors import RlhfImgError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+app = typer.Typer(
+    help="Prompts as verifiable requirements: decompose, lint, show, score.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+)
+
+
+@app.command()
+def decompose(
+    prompts: Annotated[list[str] | None, typer.Argument(help="One or more prompts, each in quotes.")] = None,
+    prompts_file: Annotated[
+        Path | None, typer.Option("--prompts", help="A text file with one prompt a line.", metavar="FILE")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the YAML here rather than to the terminal.")] = None,
+) -> None:
+    """Turn prompts into rubrics (YAML). Words that no requirement covers are printed to stderr.
+
+    Example: rlhf-img rubric decompose "two red circles left of a blue star on grey" --out rubric.yaml
+    """
+    texts = [*(prompts or []), *(_read_prompts(prompts_file) if prompts_file else [])]
+    if not texts:
+        raise RlhfImgError("no prompt was given; expected one or more in quotes, or --prompts FILE")
+    found = [rubrics.decompose(text) for text in texts]
+    for text, result in zip(texts, found, strict=True):
+        if result.uncovered:
+            typer.echo(f"not covered in {text!r}: {', '.join(result.uncovered)}", err=True)
+    document = rubrics.dump_rubrics([result.rubric for result in found])
+    if out is None:
+        typer.echo(document, nl=False)
+        return
+    try:
+        out.write_text(document, encoding="utf-8")
+    except OSError as error:
+        raise RlhfImgError(f"{out} cannot be written: {error}") from error
+
+
+def _read_prompts(path: Path) -> list[str]:
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise RlhfImgError(f"{path}: cannot be read as text: {error}") from error
+    if not any(lines):
+        raise RlhfImgError(f"{path} holds no prompt; expected one a line")
+    return [line for line in lines if line]
+
+
+@app.command()
+def lint(files: Annotated[list[Path], typer.Argument(help="Rubric files.")]) -> None:
+    """Check rubric files. Errors end with exit code 2; warnings are only printed.
+
+    Example: rlhf-img rubric lint my-rubrics/*.yaml
+    """
+    errors = []
+    for path in files:
+        try:
+            loaded = rubrics.load_rubrics(path)
+        except RlhfImgError as error:
+            errors.append(str(error))
+            continue
+        for rubric in loaded:
+            for warning in rubrics.lint(rubric):
+                typer.echo(f"{path}: warning: {warning}", err=True)
+        typer.echo(f"{path}: {len(loaded)} rubric{'s' * (len(loaded) != 1)} ok")
+    if errors:
+        raise RlhfImgError("\n".join(errors))
+
+
+@app.command()
+def show(path: Annotated[Path, typer.Argument(help="A rubric file.", metavar="RUBRIC")]) -> None:
+    """Print rubrics as a table, and what needs what as a tree.
+
+    Example: rlhf-img rubric show rubric.yaml
+    """
+    console = Console()
+    for rubric in rubrics.load_rubrics(path):
+        console.print(_table(rubric), _tree(rubric))
+
+
+def _table(rubric: rubrics.Rubric) -> Table:
+    from rlhf_img.rubrics.scoring import describe
+
+    table = Table(title=escape(rubric.prompt), title_justify="left")
+    for column in ("id", "check", "says", "weight", "must", "permits"):
+        table.add_column(column, justify="right" if column == "weight" else "left")
+    for r in rubric.requirements:
+        row = (r.id, r.check, describe(r), f"{r.weight:g}", "must" if r.must else "", ", ".join(r.permits))
+        table.add_row(*(escape(cell) for cell in row))
+    return table
+
+
+def _tree(rubric: rubrics.Rubric) -> Tree:
+    """A requirement hangs under each one that it needs."""
+    tree = Tree("needs")
+
+    def grow(branch: Tree, need: str | None) -> None:
+        for r in rubric.requirements:
+            if (need is None and not r.needs) or need in r.needs:
+                grow(branch.add(escape(r.id)), r.id)
+
+    grow(tree, None)
+    return tree
+
+
+@app.command()
+def score(
+    image: Annotated[Path, typer.Argument(help="A PNG, JPEG or WebP file.")],
+    path: Annotated[Path, typer.Argument(help="A rubric file.", metavar="RUBRIC")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, a list with one result a rubric.")] = False,
+) -> None:
+    """Score an image with every rubric of a file.
+
+    Example: rlhf-img rubric score picture.png rubric.yaml --json
+    """
+    pixels = _read_image(image)
+    loaded = rubrics.load_rubrics(path)
+    results = [rubrics.score(rubric, pixels) for rubric in loaded]
+    if as_json:
+        found = [{"prompt": r.prompt, **dataclasses.asdict(s)} for r, s in zip(loaded, results, strict=True)]
+        typer.echo(json.dumps(found, indent=2))
+        return
+    console = Console()
+    for rubric, result in zip(loaded, results, strict=True):
+        console.print(_score_table(rubric.prompt, result))
+
+
+def _read_image(path: Path) -> "npt.NDArray[np.uint8]":
+    import numpy as np
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as image:
+            return np.asarray(image.convert("RGB"))
+    except (OSError, UnidentifiedImageError) as error:
+        raise RlhfImgError(f"{path}: cannot be read as an image: {error}") from error
+
+
+def _score_table(prompt: str, result: rubrics.RubricResult) -> Table:
+    total = "unscored" if result.total is None else f"{result.total:.2f}, {'pass' if result.passed else 'fail'}"
+    table = Table(title=escape(f"{prompt}: {total}"), title_justify="left")
+    for column in ("id", "says", "score", "", "evidence"):
+        table.add_column(column, justify="right" if column == "score" else "left")
+    for r in result.requirements:
+        value = "unscored" if r.score is None else f"{r.score:.2f}"
+        verdict = {True: "[green]pass[/]", False: "[red]fail[/]", None: ""}[r.passed]
+        table.add_row(escape(r.id), escape(r.text), value, verdict, escape(r.evidence))
+    return table

@@ -1,0 +1,226 @@
+"""GRPO: its losses by hand, its gradient against a loop written from the papers, and a rollout that replays exactly."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from tiny import PROMPTS, tiny_model
+from torch import Tensor
+
+from rlhf_img.algorithms import grpo
+from rlhf_img.algorithms.grpo import GRPOConfig
+from rlhf_img.errors import RlhfImgError, RunStopped
+from rlhf_img.model.conditioning import Conditioner
+from rlhf_img.model.flow import cps_step
+from rlhf_img.model.forward import velocity
+from rlhf_img.model.loading import Model
+from rlhf_img.model.policy import LoRAConfig, Policy, make_policy
+from rlhf_img.training.preflight import check_ratios
+
+CONFIG = GRPOConfig(prompts=3, group=2, num_steps=4, window=2, clip=1e-3, kl=0.0, lr=1e-2)
+
+
+@pytest.fixture(scope="module")
+def world() -> tuple[Model, Policy, Conditioner]:
+    model = tiny_model()
+    policy = make_policy(model.transformer, LoRAConfig(rank=4, alpha=4.0), seed=0)
+    generator = torch.Generator().manual_seed(3)
+    for name, parameter in policy.parameters.items():
+        if name.endswith("lora_B"):  # as in the middle of a run: policy and reference differ
+            parameter.data = 0.05 * torch.randn(parameter.shape, generator=generator)
+    return model, policy, Conditioner(model)
+
+
+def rolled(world: tuple[Model, Policy, Conditioner], config: GRPOConfig = CONFIG, seed: int = 5) -> grpo.Rollout:
+    model, policy, conditioner = world
+    return grpo.rollout(model, policy, conditioner, PROMPTS[: config.prompts], config, seed)
+
+
+def gradients(policy: Policy) -> dict[str, Tensor]:
+    return {n: p.grad.clone() for n, p in policy.parameters.items() if p.grad is not None}
+
+
+def loss_gradients(
+    world: tuple[Model, Policy, Conditioner], sampled: grpo.Rollout, advantages: Tensor, config: GRPOConfig = CONFIG
+) -> dict[str, Tensor]:
+    """Gradients of one update, read before the optimiser steps (a zero learning rate keeps the weights)."""
+    policy = world[1]
+    optimizer = torch.optim.SGD(list(policy.parameters.values()), lr=0.0)
+    grpo.update(policy, optimizer, sampled, advantages, dataclasses.replace(config, max_grad_norm=1e9))
+    return gradients(policy)
+
+
+def test_clipped_loss_by_hand() -> None:
+    ratio = torch.tensor([1.0, 1.5, 1.5, 0.5, 0.5])
+    advantage = torch.tensor([2.0, 2.0, -2.0, 2.0, -2.0])
+    # -2*1; the gain is capped at 1.2; a loss is never capped upwards; no credit below; the cap for a falling bad one
+    expected = torch.tensor([-2.0, -2.4, 3.0, -1.0, 1.6])
+    torch.testing.assert_close(grpo.clipped_loss(ratio, advantage, 0.2), expected)
+
+
+def test_clipped_loss_has_no_gradient_beyond_the_clip() -> None:
+    ratio = torch.tensor([1.5, 1.1, 0.5, 0.9], requires_grad=True)
+    grpo.clipped_loss(ratio, torch.tensor([1.0, 1.0, -1.0, -1.0]), 0.2).sum().backward()
+    assert ratio.grad is not None
+    torch.testing.assert_close(ratio.grad, torch.tensor([0.0, -1.0, 0.0, 1.0]))
+
+
+def test_kl_by_hand() -> None:
+    mean, other = torch.zeros(1, 1, 2), torch.tensor([[[0.3, 0.1]]])
+    assert grpo.kl_divergence(mean, other, 0.5).item() == pytest.approx((0.09 + 0.01) / 2 / (2 * 0.25))
+
+
+def test_guarded_ratio_is_centred_where_the_plain_one_is_biased() -> None:
+    generator = torch.Generator().manual_seed(0)
+    old, new, std = torch.zeros(20_000, 1, 1), torch.full((20_000, 1, 1), 0.4), 0.5
+    x = old + std * torch.randn(old.shape, generator=generator)
+    log_ratio = ((x - old) ** 2 - (x - new) ** 2).flatten() / (2 * std**2)
+    guarded = grpo.guarded_ratio(log_ratio, new, old, std).log() / std
+    assert abs(guarded.mean().item()) < 0.02
+    assert log_ratio.mean().item() == pytest.approx(-(0.4**2) / (2 * std**2), abs=0.02)
+
+
+def test_ratio_is_one_before_any_step(world: tuple[Model, Policy, Conditioner]) -> None:
+    assert check_ratios(world[1], rolled(world), CONFIG) == 0.0
+
+
+@pytest.mark.parametrize("step", ["cps", "flow_sde", "dance"])
+def test_rollouts_repeat_to_the_bit_and_differ_by_seed(world: tuple[Model, Policy, Conditioner], step: str) -> None:
+    config = dataclasses.replace(CONFIG, step=step)  # type: ignore[arg-type]
+    first = rolled(world, config).latents()
+    assert torch.equal(first, rolled(world, config).latents())
+    assert not torch.allclose(first, rolled(world, config, seed=6).latents())
+
+
+def test_shared_noise_differs_only_by_the_window(world: tuple[Model, Policy, Conditioner]) -> None:
+    sampled = rolled(world, dataclasses.replace(CONFIG, shared_noise=True))
+    for batch in sampled.batches:
+        start = batch.visited_WBNC[0].unflatten(0, (-1, CONFIG.group))
+        end = batch.visited_WBNC[-1].unflatten(0, (-1, CONFIG.group))
+        assert torch.allclose(start[:, 0], start[:, 1], atol=1e-5)
+        assert (end[:, 0] - end[:, 1]).abs().amax() > 0.1
+
+
+def test_equal_rewards_give_no_gradient(world: tuple[Model, Policy, Conditioner]) -> None:
+    for gradient in loss_gradients(world, rolled(world), torch.zeros(6)).values():
+        assert not gradient.any()
+
+
+def test_a_step_makes_good_steps_likelier_and_bad_ones_less_likely() -> None:
+    model = tiny_model()
+    policy = make_policy(model.transformer, LoRAConfig(rank=4, alpha=4.0), seed=0)
+    sampled = rolled((model, policy, Conditioner(model)))
+    advantages = torch.tensor([1.0, -1.0] * 3)
+    optimizer = torch.optim.SGD(list(policy.parameters.values()), lr=1e-3)
+    grpo.update(policy, optimizer, sampled, advantages, CONFIG)
+    gain = torch.zeros(6)
+    for item in grpo.replay(policy, sampled, CONFIG):
+        gain[item.rows_B] += item.log_ratio_B.detach()
+    assert (gain * advantages).sum() > 0
+
+
+def test_gradient_is_that_of_a_slow_loop_from_the_papers(world: tuple[Model, Policy, Conditioner]) -> None:
+    model, policy, _ = world
+    config = dataclasses.replace(CONFIG, kl=0.1)
+    sampled, advantages = rolled(world, config), torch.tensor([1.0, -1.0, 0.5, -0.5, 2.0, -2.0])
+    fast = loss_gradients(world, sampled, advantages, config)
+
+    total = torch.zeros(())
+    for batch in sampled.batches:
+        for b, row in enumerate(batch.rows_B):
+            for k, i in enumerate(sampled.window):
+                s, s_next = sampled.levels[i], sampled.levels[i + 1]
+                x, x_next = batch.visited_WBNC[k][b : b + 1], batch.visited_WBNC[k + 1][b : b + 1]
+                args = x, torch.tensor(s), batch.text_BLD[b : b + 1], sampled.grid
+                std = s_next * math.sin(config.eta * math.pi / 2)
+                with policy.acting() as transformer:
+                    v = velocity(transformer, *args)
+                with policy.reference() as reference:
+                    v_ref = velocity(reference, *args)
+                mean, mean_ref = (
+                    (1 - s_next) * (x - s * u) + math.sqrt(s_next**2 - std**2) * (x + (1 - s) * u) for u in (v, v_ref)
+                )
+                log_p = -((x_next - mean) ** 2 / (2 * std**2)).mean()
+                ratio = (log_p - log_p.detach()).exp()  # the policy has not moved since the rollout
+                surrogate = -torch.min(
+                    advantages[row] * ratio, advantages[row] * ratio.clamp(1 - config.clip, 1 + config.clip)
+                )
+                total = total + surrogate + config.kl * ((mean - mean_ref) ** 2).mean() / (2 * std**2)
+    policy_grads = torch.autograd.grad(total / 12, list(policy.parameters.values()))
+    for name, slow in zip(policy.parameters, policy_grads, strict=True):
+        torch.testing.assert_close(fast[name], slow, rtol=1e-3, atol=1e-6)
+
+
+def test_gradient_does_not_depend_on_the_batch_split(world: tuple[Model, Policy, Conditioner]) -> None:
+    advantages = torch.tensor([1.0, -1.0, 0.5, -0.5, 2.0, -2.0])
+    whole = rolled(world)
+    split = dataclasses.replace(whole, batches=[
+        dataclasses.replace(
+            batch, rows_B=[row], text_BLD=batch.text_BLD[b : b + 1], visited_WBNC=batch.visited_WBNC[:, b : b + 1],
+            mean_WBNC=batch.mean_WBNC[:, b : b + 1], logp_WB=batch.logp_WB[:, b : b + 1],
+            final_BNC=batch.final_BNC[b : b + 1],
+        )
+        for batch in whole.batches for b, row in enumerate(batch.rows_B)
+    ])  # fmt: skip
+    one, other = loss_gradients(world, whole, advantages), loss_gradients(world, split, advantages)
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], rtol=1e-3, atol=1e-6)
+
+
+def test_latents_come_back_in_prompt_order(world: tuple[Model, Policy, Conditioner]) -> None:
+    sampled = rolled(world)
+    latents = sampled.latents()
+    for batch in sampled.batches:
+        for b, row in enumerate(batch.rows_B):
+            assert torch.equal(latents[row], batch.final_BNC[b])
+
+
+def test_log_probability_of_a_rollout_is_that_of_its_step(world: tuple[Model, Policy, Conditioner]) -> None:
+    sampled = rolled(world)
+    batch, i = sampled.batches[0], sampled.window[0]
+    with torch.no_grad(), world[1].acting() as transformer:
+        v = velocity(transformer, batch.visited_WBNC[0], torch.tensor(sampled.levels[i]), batch.text_BLD, sampled.grid)
+    step = cps_step(
+        batch.visited_WBNC[0], v, sampled.levels[i], sampled.levels[i + 1], CONFIG.eta, x_next=batch.visited_WBNC[1],
+        sigma_max=sampled.levels[1],
+    )  # fmt: skip
+    torch.testing.assert_close(step.logp_B, batch.logp_WB[0])
+
+
+def test_preflight_refuses_ratios_beyond_the_clip(world: tuple[Model, Policy, Conditioner]) -> None:
+    sampled = rolled(world)
+    shifted = [dataclasses.replace(b, logp_WB=b.logp_WB + 0.01) for b in sampled.batches]
+    with pytest.raises(RunStopped, match=r"ratio - 1\| = 0.00995.*clip range is 0.001") as stopped:
+        check_ratios(world[1], dataclasses.replace(sampled, batches=shifted), CONFIG)
+    assert stopped.value.exit_code == 3
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_step(world: tuple[Model, Policy, Conditioner]) -> None:
+    policy = world[1]
+    before = {n: p.detach().clone() for n, p in policy.parameters.items()}
+    optimizer = torch.optim.SGD(list(policy.parameters.values()), lr=1.0)
+    with pytest.raises(FloatingPointError, match="no step was taken"):
+        grpo.update(policy, optimizer, rolled(world), torch.tensor([math.nan, 1, 1, 1, 1, 1]), CONFIG)
+    assert all(torch.equal(before[n], p) for n, p in policy.parameters.items())
+
+
+def test_full_fine_tuning_starts_at_its_reference_and_leaves_it() -> None:
+    model = tiny_model()
+    policy = make_policy(model.transformer, None, seed=0)
+    config = dataclasses.replace(CONFIG, kl=0.1)
+    world = model, policy, Conditioner(model)
+    sampled = rolled(world, config)
+    assert check_ratios(policy, sampled, config) == 0.0
+    optimizer = torch.optim.AdamW(list(policy.parameters.values()), lr=1e-3)
+    first = grpo.update(policy, optimizer, sampled, torch.tensor([1.0, -1.0] * 3), config)
+    second = grpo.update(policy, optimizer, rolled(world, config), torch.tensor([1.0, -1.0] * 3), config)
+    assert first["kl"] == 0.0 and second["kl"] > 0.0
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("group", 1), ("window", 10), ("clip", 0.0), ("ema", 1.0), ("updates", 9), ("kl", -1.0)]
+)
+def test_settings_that_cannot_work_are_refused(field: str, value: float) -> None:
+    with pytest.raises(RlhfImgError, match=f"grpo.{field}"):
+        GRPOConfig(**{field: value})  # type: ignore[arg-type]

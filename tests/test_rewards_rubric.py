@@ -1,0 +1,40 @@
+"""The rubric reward: totals from the checks, the prompt's own rubric first, unscored where nothing can be said."""
+
+import numpy as np
+import torch
+
+from rlhf_img import rubrics as rubric_room
+from rlhf_img.playground.render import render
+from rlhf_img.playground.scene import Scene, Thing
+from rlhf_img.rewards.protocol import Images, Reward, score
+from rlhf_img.rewards.rubric import rubric
+
+RED = Thing(shape="circle", color="red", size="large", x=20, y=30, radius=12)
+BLUE = Thing(shape="square", color="blue", size="medium", x=46, y=30, radius=9)
+
+
+def images_of(*scenes: Scene) -> Images:
+    return Images(torch.from_numpy(np.stack([render(s) for s in scenes])).permute(0, 3, 1, 2).float() / 255)
+
+
+def test_the_image_that_shows_what_is_asked_for_scores_higher():
+    images = images_of(Scene(things=(RED, BLUE), background="white"), Scene(things=(BLUE,), background="white"))
+    scores = score([Reward(name="rubric", fn=rubric)], ["a red circle and a blue square"] * 2, images)
+    whole, half = scores.values_BK[:, 0].tolist()
+    assert whole > 0.9 and half < 0.7
+    result = scores.details["rubric"][1]
+    assert result.total == half and not result.passed
+    assert {r.passed for r in result.requirements} == {True, False}
+
+
+def test_a_rubric_in_the_column_goes_before_the_prompt():
+    own = rubric_room.decompose("a blue square").rubric
+    images = images_of(*[Scene(things=(BLUE,), background="white")] * 2)
+    with_own, decomposed = rubric(["a red circle"] * 2, images, rubrics=[own, None])
+    assert with_own.value > 0.9 > decomposed.value
+
+
+def test_a_rubric_without_requirements_is_unscored_and_says_so():
+    empty = rubric_room.Rubric(prompt="a mood")
+    (verdict,) = rubric(["a mood"], images_of(Scene(things=(RED,), background="white")), rubrics=[empty])
+    assert verdict.value is None and "no requirement" in verdict.reason

@@ -1,0 +1,248 @@
+"""Runs end to end on a tiny random Krea 2: what they write, how they resume, and what stops them."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny import PROMPTS, save_tiny
+
+from rlhf_img.cli.main import main
+from rlhf_img.errors import RlhfImgError
+from rlhf_img.training import prompts as prompt_room
+from rlhf_img.training.evaluate import interval, ratio_interval
+from rlhf_img.training.prompts import Prompt, read_prompts
+from rlhf_img.training.sentinels import diversity, image_statistics
+
+SMALL = (
+    "grpo.prompts=2", "grpo.group=3", "grpo.num_steps=4", "eval.num_steps=2", "eval.diversity_prompts=2",
+    "eval.diversity_images=2", "samples=2", "checkpoint_every=1", "sample_every=0", "tracker=none", "lora.rank=4",
+)  # fmt: skip
+BRIGHT = """
+def bright(prompts, images, **columns):
+    return [float(image.mean()) for image in images.tensor]
+"""
+
+
+@pytest.fixture(scope="session")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny model, prompts and a reward."""
+    folder = tmp_path_factory.mktemp("files")
+    save_tiny(folder / "model")
+    (folder / "prompts.txt").write_text("\n".join(PROMPTS))
+    (folder / "bright.py").write_text(BRIGHT)
+    return folder
+
+
+def arguments(files: Path, out: Path, *more: str, rewards: str | None = None) -> list[str]:
+    named = {
+        "--model": files / "model", "--prompts": files / "prompts.txt", "--eval-prompts": files / "prompts.txt",
+        "--rewards": rewards or f"{files / 'bright.py'}:bright", "--out": out,
+    }  # fmt: skip
+    return ["grpo", *(str(word) for pair in named.items() for word in pair), *SMALL, *more]
+
+
+def run(monkeypatch: pytest.MonkeyPatch, words: list[str]) -> int:
+    """The command line in this process; its exit code."""
+    monkeypatch.setattr(sys, "argv", ["rlhf-img", *words])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    return int(stopped.value.code or 0)
+
+
+def lines(run_folder: Path) -> list[dict[str, float]]:
+    """metrics.jsonl without the wall-clock times, which differ between equal runs."""
+    rows = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows]
+
+
+def state(run_folder: Path) -> bytes:
+    newest = max((run_folder / "checkpoints").iterdir())
+    return (newest / "state.safetensors").read_bytes()
+
+
+def test_a_run_leaves_what_the_design_promises(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    assert run(monkeypatch, arguments(files, out, "steps=3", "sample_every=2", "--json")) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["difference"]["pass_all"]["n"] == len(PROMPTS)
+    assert sorted(p.name for p in (out / "samples").iterdir()) == ["after", "before", "step_000002"]
+    assert [row["step"] for row in lines(out)] == [1, 2, 3]
+    assert lines(out)[0]["preflight/max_dev"] == 0.0
+    assert lines(out)[0]["reward/bright/unscored"] == 0.0
+    assert json.loads((out / "eval.json").read_text())["checkpoints"][1]["name"] == "after"
+    assert "<html" in (out / "report.html").read_text()
+    assert (out / "lora" / "pytorch_lora_weights.safetensors").is_file()
+
+
+def test_learning_raises_a_reward_that_can_be_raised(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = "steps=12", "grpo.prompts=4", "grpo.group=8", "grpo.lr=3e-3"
+    assert run(monkeypatch, arguments(files, tmp_path / "run", *more)) == 0
+    change = json.loads((tmp_path / "run" / "eval.json").read_text())["difference"]["rewards"]["bright"]
+    assert change["low"] > 0
+
+
+def test_killed_and_resumed_is_uninterrupted_to_the_bit(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert run(monkeypatch, arguments(files, whole, "steps=4")) == 0
+    command = [sys.executable, "-m", "rlhf_img.cli.main", *arguments(files, killed, "steps=4")]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        deadline = time.time() + 300
+        while not (killed / "checkpoints" / "step_000002").exists() and time.time() < deadline:
+            assert process.poll() is None, "the run ended before it could be killed"
+            time.sleep(0.01)
+        os.kill(process.pid, signal.SIGKILL)
+    assert run(monkeypatch, ["grpo", "--out", str(killed), "--resume"]) == 0
+    assert lines(killed) == lines(whole)
+    assert state(killed) == state(whole)
+    assert json.loads((killed / "eval.json").read_text()) == json.loads((whole / "eval.json").read_text())
+
+
+def test_resume_goes_further_but_changes_nothing_else(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    assert run(monkeypatch, arguments(files, out, "steps=1")) == 0
+    assert run(monkeypatch, ["grpo", "--out", str(out), "--resume", "grpo.lr=0.5"]) == 2
+    assert "grpo would change" in capsys.readouterr().err
+    assert run(monkeypatch, ["grpo", "--out", str(out), "--resume", "steps=2"]) == 0
+    assert [row["step"] for row in lines(out)] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "message"),
+    [
+        ("return [None] * len(prompts)", 3, "more than the 50%"),
+        ("raise ValueError('no judge')", 3, "raised ValueError: no judge"),
+        ("return [float('nan')] * len(prompts)", 3, "not a finite number"),
+        ("return [0.5]", 2, "returned 1 values for"),
+    ],
+)
+def test_a_reward_that_fails_stops_the_run_and_says_why(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    body: str, code: int, message: str,
+) -> None:  # fmt: skip
+    plugin = tmp_path / "broken.py"
+    # Before training, held-out images are only looked at: six images are one iteration.
+    plugin.write_text(f"def broken(prompts, images, **columns):\n    if len(prompts) != 6: return [0.5] * len(prompts)\n    {body}\n")
+    words = arguments(files, tmp_path / "run", "steps=2", rewards=f"{plugin}:broken")
+    assert run(monkeypatch, words) == code
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_some_unscored_images_are_counted_and_the_run_goes_on(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plugin = tmp_path / "partial.py"
+    plugin.write_text(
+        "def partial(prompts, images, **columns):\n"
+        "    return [None if i == 0 else float(x.mean()) for i, x in enumerate(images.tensor)]\n"
+    )
+    words = arguments(files, tmp_path / "run", "steps=1", rewards=f"{plugin}:partial")
+    assert run(monkeypatch, words) == 0
+    assert lines(tmp_path / "run")[0]["reward/partial/unscored"] == pytest.approx(1 / 6)
+    assert math.isfinite(lines(tmp_path / "run")[0]["loss"])
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["grpo.learning_rate=1"], "did you mean"),
+        (["grpo.lr=fast"], "grpo.lr"),
+        (["grpo.group=1"], "grpo.group must be 2 or more"),
+        (["--rewards", "rubrik"], 'did you mean "rubric"'),
+        (["--prompts", "nowhere.txt"], "nowhere.txt"),
+        (["--model", "nowhere/at/all"], "nowhere/at/all"),
+        (["tracker=tensorbord"], "tensorboard"),
+        (["--out", "/proc/nowhere"], "cannot be written"),
+        (["--config", "nowhere.yaml"], "nowhere.yaml"),
+    ],
+)
+def test_what_a_user_gets_wrong_is_said(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    more: list[str], message: str,
+) -> None:  # fmt: skip
+    assert run(monkeypatch, [*arguments(files, tmp_path / "run", "steps=1"), *more]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error and "Traceback" not in error
+
+
+def test_prompts_are_read_from_every_format(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a red circle\n\na red circle\na star\n")
+    (tmp_path / "a.jsonl").write_text('{"prompt": "a cross", "other": 1}\n')
+    (tmp_path / "a.yaml").write_text(
+        "version: 1\nprompt: a red circle\nrequirements:\n  - {id: circle, check: object, target: circle}\n"
+    )
+    assert [p.text for p in read_prompts(tmp_path / "a.txt")] == ["a red circle", "a star"]
+    assert [p.text for p in read_prompts(tmp_path / "a.jsonl")] == ["a cross"]
+    (with_rubric,) = read_prompts(tmp_path / "a.yaml")
+    assert with_rubric.rubric is not None and with_rubric.rubric.requirements[0].id == "circle"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.txt", "\n \n", "is empty"),
+        ("a.jsonl", '{"promt": "x"}\n', "line 1.*prompt"),
+        ("a.jsonl", "{not json\n", "line 1: not JSON"),
+        ("a.csv", "x", ".txt, .jsonl or .yaml"),
+        ("a.yaml", "version: 1\nprompt: x\nrequirements:\n"
+         "  - {id: a, check: object, target: cat, needs: [b]}\n  - {id: b, check: object, target: dog, needs: [a]}\n",
+         "a.*b.*a"),
+    ],
+)  # fmt: skip
+def test_prompts_that_cannot_be_used_say_so(tmp_path: Path, name: str, text: str, message: str) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(RlhfImgError, match=message):
+        read_prompts(tmp_path / name)
+
+
+def test_an_epoch_holds_every_prompt_once_and_depends_on_its_step_alone() -> None:
+    prompts = [Prompt(str(i)) for i in range(10)]
+    steps = [prompt_room.draw(prompts, 5, step, seed=1) for step in range(4)]
+    assert {p.text for p in steps[0] + steps[1]} == {p.text for p in steps[2] + steps[3]} == set("0123456789")
+    assert steps[0] + steps[1] != steps[2] + steps[3]
+    assert prompt_room.draw(prompts, 5, 3, seed=1) == steps[3]
+
+
+def test_intervals_hold_their_mean_and_ignore_what_is_not_known() -> None:
+    values = [0.0, 1.0] * 50 + [math.nan]
+    found = interval(values)
+    assert found["n"] == 100 and found["mean"] == 0.5
+    assert found["low"] == pytest.approx(0.4, abs=0.02) and found["high"] == pytest.approx(0.6, abs=0.02)
+    assert interval([1.0, 1.0])["low"] == interval([1.0, 1.0])["high"] == 1.0
+    assert interval([math.nan])["mean"] is None
+    assert ratio_interval(np.array([1.0, 3.0]), np.array([2.0, 6.0]))["low"] == 0.5
+
+
+def test_sentinels_by_hand() -> None:
+    flat = torch.full((1, 3, 8, 8), 0.5)
+    assert image_statistics(flat) == {"saturation": 0.0, "dark_share": 0.0, "edge_density": 0.0, "high_freq": 0.0}
+    board = torch.zeros(1, 3, 9, 9)
+    board[..., ::2, ::2] = board[..., 1::2, 1::2] = 1.0  # every pixel differs from its neighbours
+    assert image_statistics(board)["edge_density"] == 1.0
+    assert image_statistics(board)["high_freq"] > 0.9
+    red = torch.zeros(1, 3, 8, 8)
+    red[:, 0] = 0.3
+    assert image_statistics(red)["saturation"] == pytest.approx(0.3)
+    assert image_statistics(red)["dark_share"] == 1.0
+
+
+def test_diversity_is_the_distance_between_images_of_a_prompt() -> None:
+    images = torch.zeros(2, 3, 3, 16, 16)
+    images[1, 0] = 0.6  # one of three differs by 0.6 from two others: two of three pairs
+    torch.testing.assert_close(diversity(images), torch.tensor([0.0, 0.4]))
