@@ -24,8 +24,8 @@ T = TypeVar("T")
 def from_mapping(cls: type[T], mapping: Mapping[str, Any], where: str) -> T:
     """A config of the dataclass `cls` from a (nested) mapping, with every value checked against its annotation.
 
-    Fields may be int, float, str, bool, Literal, tuples and unions of these, None and nested dataclasses. An int stands
-    for a float, and so does text that reads as a number, because YAML takes `1e-3` for text.
+    Fields may be int, float, str, bool, Literal, tuples and unions of these, None, dicts and nested dataclasses. An int
+    stands for a float, and so does text that reads as a number, because YAML takes `1e-3` for text.
 
     Raises RlhfImgError, prefixed with `where` (such as "grpo"): unknown or missing key, wrong type, or a value that the
     dataclass's own `__post_init__` refuses with a ValueError.
@@ -146,6 +146,10 @@ def _coerce(hint: Any, value: Any, where: str) -> Any:
         return _coerce_union(hint, value, where)
     if origin is tuple:
         return _coerce_tuple(hint, value, where)
+    if origin is dict:  # free keys, which their reader checks
+        if not isinstance(value, Mapping):
+            raise RlhfImgError(f"{where}: expected keys with values, got {value!r}")
+        return dict(value)
     if origin is Literal:
         options = get_args(hint)
         # `1 == True` in Python, so the type is compared too.

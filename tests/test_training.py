@@ -137,7 +137,10 @@ def test_a_reward_that_fails_stops_the_run_and_says_why(
 ) -> None:  # fmt: skip
     plugin = tmp_path / "broken.py"
     # Before training, held-out images are only looked at: six images are one iteration.
-    plugin.write_text(f"def broken(prompts, images, **columns):\n    if len(prompts) != 6: return [0.5] * len(prompts)\n    {body}\n")
+    plugin.write_text(
+        "def broken(prompts, images, **columns):\n"
+        f"    if len(prompts) != 6: return [0.5] * len(prompts)\n    {body}\n"
+    )
     words = arguments(files, tmp_path / "run", "steps=2", rewards=f"{plugin}:broken")
     assert run(monkeypatch, words) == code
     assert message in capsys.readouterr().err

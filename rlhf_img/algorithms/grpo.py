@@ -7,7 +7,8 @@ For each prompt a group of G images is drawn. Inside a window of steps, shared b
 is Gaussian, x' ~ N(mu_theta(x), std^2); outside it is Euler. With an image's advantage A and r = p_theta / p_old of
 the step it took,
 
-    loss = mean over images and window of max(-A r, -A clip(r, 1 - clip, 1 + clip)) + kl * |mu_theta - mu_ref|^2 / 2 std^2
+    loss = mean over images and window of
+           max(-A r, -A clip(r, 1 - clip, 1 + clip)) + kl |mu_theta - mu_ref|^2 / (2 std^2)
 
 Left out: guidance in rollouts and training (it is distilled in otherwise; it can be added when sampling), and the
 recomputation of log p_old (the rollout's own is exact, which the pre-flight check proves).

@@ -47,16 +47,8 @@ def grpo(
 
         rlhf-img grpo --out runs/first --resume
     """
-    from rich.console import Console
-
-    from rlhf_img.report import build
-    from rlhf_img.training.config import RunConfig
-    from rlhf_img.training.loop import prepare, train
-    from rlhf_img.training.rundir import RunDir
-
     if show_settings:
-        for item in describe(RunConfig):
-            typer.echo(f"{item.key} ({item.type}, default {item.default})\n    {item.doc}")
+        _print_settings()
         return
     options = {
         "rewards": rewards, "model": model, "prompts": _text(prompts), "eval_prompts": _text(eval_prompts),
@@ -66,7 +58,18 @@ def grpo(
     given = merge(given, parse_overrides(settings or []))
     if resume and out is None:
         raise RlhfImgError("--resume needs --out with the folder of the run to go on with")
-    out = out or Path("runs") / time.strftime("grpo-%Y%m%d-%H%M%S")
+    _run(given, out or Path("runs") / time.strftime("grpo-%Y%m%d-%H%M%S"), resume, as_json)
+
+
+def _run(given: dict[str, Any], out: Path, resume: bool, as_json: bool) -> None:
+    """The run with the settings `given`, in the folder `out`."""
+    from rich.console import Console
+
+    from rlhf_img.report import build
+    from rlhf_img.training.config import RunConfig
+    from rlhf_img.training.loop import prepare, train
+    from rlhf_img.training.rundir import RunDir
+
     console = Console(stderr=as_json)
     began = time.time()
     with RunDir.create(out, resume=resume) as run:
@@ -82,6 +85,13 @@ def grpo(
         typer.echo(json.dumps({**result, "report": str(page)}))
     else:
         _print_result(console, result, page, time.time() - began)
+
+
+def _print_settings() -> None:
+    from rlhf_img.training.config import RunConfig
+
+    for item in describe(RunConfig):
+        typer.echo(f"{item.key} ({item.type}, default {item.default})\n    {item.doc}")
 
 
 def _text(path: Path | None) -> str | None:

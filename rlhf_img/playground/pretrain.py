@@ -6,7 +6,7 @@ set computed once, and the DiT by flow matching with dropped captions and an ave
 """
 
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -30,9 +30,9 @@ class PretrainConfig:
     seed: int = 0
     scenes: int = 51_200
     """Training scenes of the DiT."""
-    vae: FitConfig = FitConfig(steps=5000, lr=1.5e-3, ema=0.995)
-    text: FitConfig = FitConfig(steps=1000, lr=2e-3)
-    dit: FitConfig = FitConfig(steps=6500, lr=1.5e-3, ema=0.998, save_every=500)
+    vae: FitConfig = field(default_factory=lambda: FitConfig(steps=5000, lr=1.5e-3, ema=0.995))
+    text: FitConfig = field(default_factory=lambda: FitConfig(steps=1000, lr=2e-3))
+    dit: FitConfig = field(default_factory=lambda: FitConfig(steps=6500, lr=1.5e-3, ema=0.998, save_every=500))
     batch: int = 64
     """Examples a step of the text encoder and the DiT; the autoencoder takes a quarter of it."""
     drop: float = 0.1

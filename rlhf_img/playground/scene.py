@@ -97,6 +97,7 @@ def sample_scene(rng: np.random.Generator, split: Split = "train") -> Scene:
 def _try_scene(rng: np.random.Generator, split: Split) -> Scene | None:
     kind = rng.choice(_KINDS, p=_KIND_WEIGHTS)
     kinds_of_thing = _draw_pairs(rng, split, 2)
+    counts: tuple[int, ...]
     match kind:
         case "count":
             counts = (int(rng.integers(2, 5)),)
@@ -104,8 +105,6 @@ def _try_scene(rng: np.random.Generator, split: Split) -> Scene | None:
             counts = (1, 1)
         case "mixed":
             counts = (int(rng.integers(2, 4)), 1)
-        case "word":
-            counts = (1,)
         case _:
             counts = (1,)
     crowded = sum(counts) > 2 or kind == "word"
@@ -178,7 +177,8 @@ def holds(relation: str, subject: Thing, other: Thing) -> bool:
 def break_scene(scene: Scene, rng: np.random.Generator) -> tuple[Scene, str]:
     """The scene with exactly one thing about it changed, and what: colour, shape, count, size, relation,
     background, word or style. The new value is never one the scene already has for that fact."""
-    ways = ["color", "shape", "count", "background"]
+    ways = ["color", "shape", "background"]
+    ways += ["count"] if not scene.relation else []  # a relation is between exactly two
     ways += ["size"] if all(t.size != "medium" for t in scene.things) else []
     ways += ["relation"] if scene.relation else []
     ways += ["word"] if scene.word else []

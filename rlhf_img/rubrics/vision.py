@@ -126,7 +126,7 @@ def _corner_profile(image: Array) -> Array:
     height, width = image.shape[:2]
     corners = np.stack([np.median(c.reshape(-1, 3), 0) for c in _corner_patches(image)])
     radius = _radius(height, width)
-    inner = image[(radius > 0.55) & (radius < 0.75)]
+    inner = image[radius < 0.75]
     center = _mode(inner) if len(inner) else corners[0]
     ratio = (corners.sum(1) + 6) / (center.sum() + 6)
     direction = corners / np.maximum(corners.sum(1, keepdims=True), 1) - center / max(center.sum(), 1)

@@ -1,1 +1,1 @@
-"""Runs: the loop, the run directory and exact resume, the pre-flight check, sentinels, prompts and held-out evaluation."""
+"""Runs: the loop, run directory, exact resume, pre-flight check, sentinels, prompts and held-out evaluation."""

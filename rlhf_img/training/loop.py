@@ -142,7 +142,8 @@ def iteration(parts: Parts, step: int) -> dict[str, float]:
     seen["sentinel/diversity"] = float(diversity(images.tensor.unflatten(0, (len(drawn), -1))).mean())
     first = {} if math.isnan(deviation) else {"preflight/max_dev": deviation}
     lr = parts.optimizer.param_groups[0]["lr"]
-    return {**trained, **_renamed(metrics), **_rubric_metrics(scores.details), **seen, **first, **clock.times(), "lr": lr}
+    learned = {**trained, **_renamed(metrics), **_rubric_metrics(scores.details)}
+    return {**learned, **seen, **first, **clock.times(), "lr": lr}
 
 
 def _rollout_seed(config: RunConfig, step: int) -> int:
@@ -241,7 +242,11 @@ def _save_samples(parts: Parts, run: RunDir, tag: str) -> None:
 
 
 def _note(metrics: Mapping[str, float]) -> str:
-    shown = {name.split("/")[1]: value for name, value in metrics.items() if name.startswith("reward/") and name.endswith("/mean")}
+    shown = {
+        name.removeprefix("reward/").removesuffix("/mean"): value
+        for name, value in metrics.items()
+        if name.startswith("reward/") and name.endswith("/mean")
+    }
     if "rubric/pass_all" in metrics:
         shown["pass"] = metrics["rubric/pass_all"]
     return "  ".join(f"{name} {value:.3f}" for name, value in shown.items())

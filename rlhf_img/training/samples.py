@@ -38,7 +38,7 @@ def draw(
     model: Model, conditioner: Conditioner, rewards: Sequence[Reward], prompts: Sequence[Prompt], seeds: Sequence[int],
     *, num_steps: int, guidance: float, progress: Progress | None = None,
 ) -> Drawn:  # fmt: skip
-    """One image a prompt and seed, with the role that is active; `rewards` only look, nothing stops at unscored ones."""
+    """One image a prompt and seed, with the role that is active. `rewards` only look: nothing stops if they fail."""
     images = draw_images(
         model, conditioner, prompts, seeds, num_steps=num_steps, guidance=guidance, progress=progress
     )

@@ -33,11 +33,13 @@ def load_state(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer) -
         tensors = load_file(folder / "state.safetensors")
         step = json.loads((folder / "state.json").read_text())["step"]
     except (OSError, ValueError, KeyError) as error:
-        raise RlhfImgError(f"the checkpoint {folder} cannot be read ({error}); delete it to resume from an earlier one")
+        raise RlhfImgError(
+            f"the checkpoint {folder} cannot be read ({error}); delete it to resume from an earlier one"
+        ) from error
     for name, parameter in policy.parameters.items():
         saved = tensors.get(f"weights/{name}")
         if saved is None or saved.shape != parameter.shape:
-            raise RlhfImgError(f"the checkpoint {folder} does not fit this model: {name} is missing or of another shape")
+            raise RlhfImgError(f"the checkpoint {folder} is of another model: {name} is missing or has another shape")
         parameter.data.copy_(saved)
         policy.average[name].copy_(tensors[f"average/{name}"])
         prefix, suffix = "optimizer/", f"/{name}"

@@ -23,7 +23,8 @@ class Tracker:
             raise RlhfImgError(f'there is no tracker "{name}"; {did_you_mean(name, [NONE, *LOGGER_TYPE_TO_CLASS])}')
         cls = LOGGER_TYPE_TO_CLASS[name]
         try:
-            self._tracker = cls("rlhf-img", logging_dir=str(folder / "trackers")) if cls.requires_logging_directory else cls("rlhf-img")
+            where = {"logging_dir": str(folder / "trackers")} if cls.requires_logging_directory else {}
+            self._tracker = cls("rlhf-img", **where)
             self._tracker.start()
         except ImportError as error:
             raise RlhfImgError(f'the tracker "{name}" needs a package that is not installed: {error}') from error
