@@ -90,7 +90,7 @@ def test_negation_words_inside_quotes_are_text():
 def test_every_playground_caption_is_covered_and_complete():
     rng = np.random.default_rng(0)
     for split in ("train", "val", "heldout"):
-        for _ in range(150):
+        for _ in range(60):
             scene = sample_scene(rng, split)
             text = caption(scene, rng)
             result = decompose(text)

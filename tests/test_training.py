@@ -28,6 +28,8 @@ SMALL = (
 BRIGHT = """
 def bright(prompts, images, **columns):
     return [float(image.mean()) for image in images.tensor]
+
+bright.floor = 1e-4
 """
 
 

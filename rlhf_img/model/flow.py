@@ -39,7 +39,7 @@ def sigmas(
     other = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "invert_sigmas", "stochastic_sampling")
     if used := [key for key in (*other, "shift_terminal") if config.get(key)]:
         raise RlhfImgError(f"the model's scheduler sets {', '.join(used)}; only Krea 2's shifted schedule is supported")
-    levels: NDArray[np.float32] = np.linspace(1.0, 1.0 / num_steps, num_steps).astype(np.float32)
+    levels: NDArray[np.floating] = np.linspace(1.0, 1.0 / num_steps, num_steps).astype(np.float32)
     if config["use_dynamic_shifting"]:
         slope = (config["max_shift"] - config["base_shift"]) / (
             config["max_image_seq_len"] - config["base_image_seq_len"]

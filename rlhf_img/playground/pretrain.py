@@ -31,8 +31,10 @@ class PretrainConfig:
     scenes: int = 51_200
     """Training scenes of the DiT."""
     vae: FitConfig = field(default_factory=lambda: FitConfig(steps=5000, lr=1.5e-3, ema=0.995))
+    decoder: FitConfig = field(default_factory=lambda: FitConfig(steps=1000, lr=1e-3, ema=0.995))
+    """The decoder alone, with the encoder frozen."""
     text: FitConfig = field(default_factory=lambda: FitConfig(steps=1000, lr=2e-3))
-    dit: FitConfig = field(default_factory=lambda: FitConfig(steps=6500, lr=1.5e-3, ema=0.998, save_every=500))
+    dit: FitConfig = field(default_factory=lambda: FitConfig(steps=5200, lr=1.5e-3, ema=0.998, save_every=500))
     batch: int = 64
     """Examples a step of the text encoder and the DiT; the autoencoder takes a quarter of it."""
     drop: float = 0.1
@@ -80,7 +82,23 @@ def train_text(pipe: Krea2Pipeline, config: PretrainConfig, work: Path) -> None:
 
 
 def train_vae(vae: AutoencoderKLQwenImage, config: PretrainConfig, work: Path) -> None:
-    """Reconstruction (L1 and edges) with a light KL; then the latents' mean and deviation go into the config."""
+    """The autoencoder, then its decoder alone: latents and their statistics (which go into the config) stay."""
+    with single_frame(vae):
+        _fit_vae("vae", vae, config.vae, config, work)
+        with torch.no_grad():
+            x = _pixels([example(40_000_000 + i).image for i in range(1024)]).to(vae.device)
+            z = torch.cat([vae.encode(part[:, :, None]).latent_dist.mode() for part in x.split(64)])
+        vae.register_to_config(
+            latents_mean=[round(v, 5) for v in z.mean((0, 2, 3, 4)).tolist()],
+            latents_std=[round(v, 5) for v in z.std((0, 2, 3, 4)).tolist()],
+        )
+        vae.encoder.requires_grad_(False)
+        vae.quant_conv.requires_grad_(False)
+        _fit_vae("decoder", vae, config.decoder, config, work)
+
+
+def _fit_vae(name: str, vae: AutoencoderKLQwenImage, fit_config: FitConfig, config: PretrainConfig, work: Path) -> None:
+    """Reconstruction (squared, absolute and of edges) with a light KL, of the parameters that are not frozen."""
     device = vae.device
 
     def loss_fn(step: int) -> Tensor:
@@ -96,17 +114,9 @@ def train_vae(vae: AutoencoderKLQwenImage, config: PretrainConfig, work: Path) -
         x = _pixels([example(30_000_000 + i).image for i in range(16)]).to(device)
         with torch.no_grad():
             y = vae.decode(vae.encode(x[:, :, None]).latent_dist.mode()).sample[:, :, 0]
-        save_grid(torch.cat([x, y]) / 2 + 0.5, work / f"vae_{step:06d}.png", columns=16)
+        save_grid(torch.cat([x, y]) / 2 + 0.5, work / f"{name}_{step:06d}.png", columns=16)
 
-    with single_frame(vae):
-        fit("vae", vae, loss_fn, config.vae, work, preview)
-        with torch.no_grad():
-            x = _pixels([example(40_000_000 + i).image for i in range(1024)]).to(device)
-            z = torch.cat([vae.encode(part[:, :, None]).latent_dist.mode() for part in x.split(64)])
-    vae.register_to_config(
-        latents_mean=[round(v, 5) for v in z.mean((0, 2, 3, 4)).tolist()],
-        latents_std=[round(v, 5) for v in z.std((0, 2, 3, 4)).tolist()],
-    )
+    fit(name, vae, loss_fn, fit_config, work, preview)
 
 
 @torch.no_grad()

@@ -92,7 +92,7 @@ def seam(image: Image, objects: np.ndarray, rng: np.random.Generator) -> Image:
     out = view.copy()
     thing = _pick(objects, rng)
     y, _ = _point(thing.T if turned else thing, rng)
-    contrast = rng.uniform(30, 80) * rng.choice((-1, 1))
+    contrast = rng.uniform(45, 100) * rng.choice((-1, 1))
     match rng.integers(3):
         case 0:
             # A strip and not all that lies below: of that, most would look whole, and be labelled broken.
@@ -117,12 +117,12 @@ def color_bleed(image: Image, objects: np.ndarray, rng: np.random.Generator) -> 
     if rng.random() < 0.5:
         source, target, color = thing, ~objects.any(axis=0), _color_of(image, thing)
         center_y, center_x = _center(thing)
-        y, x = 2 * y - center_y, 2 * x - center_x  # further out
+        y, x = y + (y - center_y) // 2, x + (x - center_x) // 2  # further out
     else:
         others = [c for c in _PALETTE if np.abs(c.astype(int) - _color_of(image, thing)).max() > 60]
         source, target, color = thing, thing, others[rng.integers(len(others))]
-    spot = ndimage.gaussian_filter(_ragged_blob(image.shape, y, x, 0.8 * radius + 1, 0.2, rng).astype(float), 1.5)
-    near = ndimage.gaussian_filter(source.astype(float), rng.uniform(2, 3.5)) * 2
+    spot = ndimage.gaussian_filter(_ragged_blob(image.shape, y, x, 0.9 * radius + 1, 0.2, rng).astype(float), 1.2)
+    near = ndimage.gaussian_filter(source.astype(float), rng.uniform(2.5, 4)) * 3
     alpha = np.clip(spot * np.clip(near, 0, 1) * rng.uniform(1.2, 1.8), 0, 0.95) * target
     return np.round(image + alpha[..., None] * (np.asarray(color) - image.astype(float))).astype(np.uint8)
 
@@ -132,7 +132,7 @@ def malformed_outline(image: Image, objects: np.ndarray, rng: np.random.Generato
     thing = _pick(objects, rng)
     radius = _radius(thing)
     field = ndimage.gaussian_filter(rng.standard_normal((2, *thing.shape)), (0, 0.3 * radius, 0.3 * radius))
-    field *= rng.uniform(0.3, 0.45) * radius / np.abs(field[:, thing]).max()
+    field *= (0.5 + rng.uniform(0.12, 0.26) * radius) / field[:, thing].std()
     near = ndimage.gaussian_filter(ndimage.binary_dilation(thing, iterations=3).astype(float), 1.5)
     rows, columns = np.indices(thing.shape) + field * near
     channels = [ndimage.map_coordinates(image[..., c].astype(float), (rows, columns), order=1, mode="nearest")

@@ -27,12 +27,11 @@ def lint(rubric: Rubric) -> list[str]:
             warnings.append(
                 f"{r.id} asks for {r.equals} without permits: [{permits}]; the artifact reward will punish it"
             )
-    quoted = {(a or b).casefold() for a, b in _QUOTED.findall(rubric.prompt)}
+    quoted = {a or b for a, b in _QUOTED.findall(rubric.prompt)}
     checked = {str(r.equals).casefold() for r in rubric.requirements if r.check == "text"}
     asked = " ".join(r.ask or "" for r in rubric.requirements).casefold()
-    warnings += [
-        f'the prompt quotes "{q}", which no text requirement checks' for q in sorted(quoted - checked) if q not in asked
-    ]
+    unchecked = sorted(q for q in quoted if q.casefold() not in checked and q.casefold() not in asked)
+    warnings += [f'the prompt quotes "{q}", which no text requirement checks' for q in unchecked]
     plain = _QUOTED.sub("", rubric.prompt)
     if (word := _NEGATION.search(plain)) and not any(r.expect == "absent" for r in rubric.requirements):
         warnings.append(f'the prompt says "{word[0]}", but no requirement has expect: absent')

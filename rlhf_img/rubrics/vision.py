@@ -127,10 +127,14 @@ def _corner_profile(image: Array) -> Array:
     corners = np.stack([np.median(c.reshape(-1, 3), 0) for c in _corner_patches(image)])
     radius = _radius(height, width)
     inner = image[radius < 0.75]
-    center = _mode(inner) if len(inner) else corners[0]
+    # objects may cover most of the middle: only what has the corners' hue can be their background
+    hue = corners.sum(0) / max(corners.sum(), 1)
+    inner = inner[np.abs(inner / np.maximum(inner.sum(1, keepdims=True), 1) - hue).max(1) < 0.06]
+    if len(inner) < 60:
+        return np.ones((height, width), np.float32)
+    center = _mode(inner)
     ratio = (corners.sum(1) + 6) / (center.sum() + 6)
-    direction = corners / np.maximum(corners.sum(1, keepdims=True), 1) - center / max(center.sum(), 1)
-    if ratio.max() > 0.92 or center.sum() - corners.sum(1).max() < 12 or np.abs(direction).max() > 0.08:
+    if ratio.max() > 0.92 or center.sum() - corners.sum(1).max() < 12:
         return np.ones((height, width), np.float32)
     shade = np.median(ratio)
     # between the inner background and the corner the falloff is close to linear in the distance from the centre
