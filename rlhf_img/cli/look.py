@@ -84,7 +84,10 @@ def _print_scores(results: list[dict[str, Any]]) -> None:
     from rich.table import Table
 
     table = Table("", *(str(result["name"]) for result in results))
-    rows = [("all requirements met", ("pass_all",)), ("single requirements met", ("pass_requirement",))]
+    rows: list[tuple[str, tuple[str, ...]]] = [
+        ("all requirements met", ("pass_all",)),
+        ("single requirements met", ("pass_requirement",)),
+    ]
     rows += [(f"  {check}", ("by_check", check)) for check in results[0]["by_check"]]
     rows += [(f"reward: {name}", ("rewards", name)) for name in results[0]["rewards"]]
     rows += [("diversity", ("diversity",))]

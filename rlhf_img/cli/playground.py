@@ -29,7 +29,7 @@ def render(
 
     if split not in PAIRS:
         raise RlhfImgError(f'there is no split "{split}"; {did_you_mean(split, PAIRS)}')
-    examples = [example(seed + i, split) for i in range(count)]  # type: ignore[arg-type]
+    examples = [example(seed + i, split) for i in range(count)]
     columns = min(count, 8)
     side = examples[0].image.shape[0]
     page = np.zeros((-(-count // columns) * side, columns * side, 3), np.uint8)
@@ -52,12 +52,15 @@ def pretrain(
 ) -> None:
     """Make the embedded model from rendered scenes alone: text encoder, autoencoder, diffusion transformer.
 
-    Takes about two hours on two CPU cores, and minutes on a GPU; run it again to go on after an interruption.
+    Then it is measured, and its card written. Hours on two CPU cores; run it again to go on after an interruption.
 
     Example: rlhf-img playground pretrain --out my-model && rlhf-img grpo --model my-model --prompts prompts.txt
     """
     from rlhf_img.playground.pretrain import PretrainConfig
     from rlhf_img.playground.pretrain import pretrain as make
+    from rlhf_img.training.model_card import measure, write_card
 
-    make(PretrainConfig(seed=seed), work, out)
-    typer.echo(f"{out}: measure it with: rlhf-img eval {out}")
+    config = PretrainConfig(seed=seed)
+    make(config, work, out)
+    write_card(out, config, measure(out))
+    typer.echo(out / "README.md")

@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -66,7 +67,7 @@ def fit(
                 print(f"{name} step {step + 1}/{config.steps} loss {smooth:.5f} {rate:.2f} steps/s", flush=True)
                 _save(state_file, module, optimizer, average, step + 1)
                 if preview is not None:
-                    _with_average(module, params, average, lambda done=step + 1: preview(done))
+                    _with_average(module, params, average, partial(preview, step + 1))
                 since = time.time()
     with torch.no_grad():
         for p, a in zip(params, average, strict=True):

@@ -34,7 +34,7 @@ class PretrainConfig:
     decoder: FitConfig = field(default_factory=lambda: FitConfig(steps=1000, lr=1e-3, ema=0.995))
     """The decoder alone, with the encoder frozen."""
     text: FitConfig = field(default_factory=lambda: FitConfig(steps=1000, lr=2e-3))
-    dit: FitConfig = field(default_factory=lambda: FitConfig(steps=5200, lr=1.5e-3, ema=0.998, save_every=500))
+    dit: FitConfig = field(default_factory=lambda: FitConfig(steps=6600, lr=1.5e-3, ema=0.998, save_every=500))
     batch: int = 64
     """Examples a step of the text encoder and the DiT; the autoencoder takes a quarter of it."""
     drop: float = 0.1

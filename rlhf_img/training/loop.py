@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,7 @@ def train(parts: Parts, run: RunDir, console: Console) -> dict[str, Any]:
             tracker.log(metrics, step)
             progress.update(task, completed=step, note=_note(metrics))
             if step % config.checkpoint_every == 0 or step == config.steps:
-                run.save_checkpoint(step, lambda folder, done=step: _save(parts, folder, done))
+                run.save_checkpoint(step, partial(_save, parts, step))
             if config.sample_every and step % config.sample_every == 0 and step < config.steps:
                 _save_samples(parts, run, f"step_{step:06d}")
     with parts.policy.averaged():
@@ -205,7 +206,7 @@ def _restore(parts: Parts, run: RunDir) -> int:
     return done
 
 
-def _save(parts: Parts, folder: Any, step: int) -> None:
+def _save(parts: Parts, step: int, folder: Path) -> None:
     save_state(folder, parts.policy, parts.optimizer, step)
 
 
