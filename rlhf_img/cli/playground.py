@@ -1,5 +1,6 @@
 """`rlhf-img playground`: look at the embedded world, and make its model again."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -48,6 +49,10 @@ def pretrain(
     work: Annotated[
         Path, typer.Option(help="Checkpoints and picture grids; a killed run goes on from here.")
     ] = Path("runs/pretrain"),
+    start: Annotated[
+        Path | None, typer.Option(help="A pipeline folder to go on from: only its transformer is trained.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Steps of the transformer.")] = None,
     seed: Annotated[int, typer.Option(help="Of weights and batches.")] = 0,
 ) -> None:
     """Make the embedded model from rendered scenes alone: text encoder, autoencoder, diffusion transformer.
@@ -61,6 +66,8 @@ def pretrain(
     from rlhf_img.training.model_card import measure, write_card
 
     config = PretrainConfig(seed=seed)
-    make(config, work, out)
+    if steps is not None:
+        config = replace(config, dit=replace(config.dit, steps=steps))
+    make(config, work, out, start)
     write_card(out, config, measure(out))
     typer.echo(out / "README.md")

@@ -31,7 +31,7 @@ class PretrainConfig:
     scenes: int = 51_200
     """Training scenes of the DiT."""
     vae: FitConfig = field(default_factory=lambda: FitConfig(steps=5000, lr=1.5e-3, ema=0.995))
-    decoder: FitConfig = field(default_factory=lambda: FitConfig(steps=1000, lr=1e-3, ema=0.995))
+    decoder: FitConfig = field(default_factory=lambda: FitConfig(steps=700, lr=1e-3, ema=0.995))
     """The decoder alone, with the encoder frozen."""
     text: FitConfig = field(default_factory=lambda: FitConfig(steps=1000, lr=2e-3))
     dit: FitConfig = field(default_factory=lambda: FitConfig(steps=6600, lr=1.5e-3, ema=0.998, save_every=500))
@@ -53,13 +53,19 @@ class Cache:
     empty_LKD: Tensor
 
 
-def pretrain(config: PretrainConfig, work: Path, out: Path) -> None:
-    """Runs every stage that is not done yet, in `work`, and writes the pipeline folder `out`."""
+def pretrain(config: PretrainConfig, work: Path, out: Path, start: Path | None = None) -> None:
+    """Runs every stage that is not done yet, in `work`, and writes the pipeline folder `out`.
+
+    With `start`, a pipeline folder made by this function, only its transformer is trained further.
+    """
     work.mkdir(parents=True, exist_ok=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    pipe = build.build_pipeline((example(i).caption for i in range(5000)), config.seed).to(device)
-    train_text(pipe, config, work)
-    train_vae(pipe.vae, config, work)
+    if start is not None:
+        pipe = Krea2Pipeline.from_pretrained(str(start), torch_dtype=torch.float32).to(device)
+    else:
+        pipe = build.build_pipeline((example(i).caption for i in range(5000)), config.seed).to(device)
+        train_text(pipe, config, work)
+        train_vae(pipe.vae, config, work)
     train_dit(pipe, make_cache(pipe, config, work), config, work)
     save(pipe, out)
 
