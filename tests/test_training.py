@@ -89,7 +89,7 @@ def test_a_run_leaves_what_the_design_promises(
 def test_learning_raises_a_reward_that_can_be_raised(
     files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    more = "steps=12", "grpo.prompts=4", "grpo.group=8", "grpo.lr=3e-3"
+    more = "steps=25", "grpo.prompts=4", "grpo.group=8", "grpo.lr=3e-3", "eval.num_steps=4"
     assert run(monkeypatch, arguments(files, tmp_path / "run", *more)) == 0
     change = json.loads((tmp_path / "run" / "eval.json").read_text())["difference"]["rewards"]["bright"]
     assert change["low"] > 0
@@ -166,7 +166,7 @@ def test_some_unscored_images_are_counted_and_the_run_goes_on(
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["grpo.learning_rate=1"], "did you mean"),
+        (["grpo.clipp=1"], 'did you mean "clip"'),
         (["grpo.lr=fast"], "grpo.lr"),
         (["grpo.group=1"], "grpo.group must be 2 or more"),
         (["--rewards", "rubrik"], 'did you mean "rubric"'),

@@ -47,13 +47,13 @@ class GRPOConfig:
     """The window starts, uniformly, in this first share of the steps."""
     step: Literal["cps", "flow_sde", "dance"] = "cps"
     """The stochastic step."""
-    eta: float = 0.7
+    eta: float = 0.8
     """Its strength."""
-    shared_noise: bool = False
+    shared_noise: bool = True
     """Whether the images of a group start from the same noise, so that they differ by the window alone."""
     updates: int = 1
     """Optimiser steps an iteration, each on its share of the prompts."""
-    lr: float = 1e-3
+    lr: float = 3e-3
     """Learning rate of AdamW."""
     weight_decay: float = 1e-4
     max_grad_norm: float = 1.0

@@ -73,7 +73,7 @@ def _run(given: dict[str, Any], out: Path, resume: bool, as_json: bool) -> None:
     console = Console(stderr=as_json)
     began = time.time()
     with RunDir.create(out, resume=resume) as run:
-        resolved = _resumed(run.read_config(), given) if resume else from_mapping(RunConfig, given, "grpo")
+        resolved = _resumed(run.read_config(), given) if resume else from_mapping(RunConfig, given, "settings")
         parts = prepare(resolved)
         run.write_config({
             "algorithm": "grpo", "command": shlex.join(["rlhf-img", *sys.argv[1:]]), "seed": resolved.seed,
@@ -103,7 +103,7 @@ def _resumed(saved: dict[str, Any], given: dict[str, Any]) -> "RunConfig":
     from rlhf_img.training.config import RunConfig
 
     before = from_mapping(RunConfig, saved["config"], "the run's config.yaml")
-    after = from_mapping(RunConfig, merge(saved["config"], given), "grpo")
+    after = from_mapping(RunConfig, merge(saved["config"], given), "settings")
     old, new = to_mapping(before), to_mapping(after)
     changed = [key for key in old if old[key] != new[key] and key != "steps"]
     if changed:

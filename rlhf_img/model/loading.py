@@ -2,6 +2,8 @@
 
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -13,8 +15,10 @@ from diffusers import (
     Krea2Pipeline,
     Krea2Transformer2DModel,
 )
+from diffusers.utils import logging as diffusers_logging
 from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase, Qwen3VLModel
+from transformers.utils import logging as transformers_logging
 
 from rlhf_img.errors import RlhfImgError
 from rlhf_img.model.forward import use_native_gqa
@@ -103,7 +107,8 @@ def load(name: str | Path, *, device: torch.device | str | None = None, dtype: t
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     folder = _local_folder(name)
     try:
-        pipeline = Krea2Pipeline.from_pretrained(str(folder or name), dtype=dtype)
+        with _without_progress_bars():
+            pipeline = Krea2Pipeline.from_pretrained(str(folder or name), dtype=dtype)
     except (OSError, ValueError, SafetensorError) as error:
         advice = (
             "check that the folder is complete, or save it again"
@@ -112,6 +117,19 @@ def load(name: str | Path, *, device: torch.device | str | None = None, dtype: t
         )
         raise RlhfImgError(f'could not load the model "{name}": {_first_line(error)}; {advice}') from error
     return from_pipeline(pipeline.to(device), source=str(name), default_size=_default_size(folder))
+
+
+@contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    """The libraries' bars for files that load in a second; downloads from a hub keep theirs."""
+    shown = [room for room in (diffusers_logging, transformers_logging) if room.is_progress_bar_enabled()]
+    for room in shown:
+        room.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for room in shown:
+            room.enable_progress_bar()
 
 
 def _local_folder(name: str | Path) -> Path | None:

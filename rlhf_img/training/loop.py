@@ -33,7 +33,7 @@ from rlhf_img.training.rundir import RunDir
 from rlhf_img.training.samples import draw, write_samples
 from rlhf_img.training.sentinels import diversity, image_statistics
 from rlhf_img.training.state import load_state, save_state
-from rlhf_img.training.trackers import Tracker
+from rlhf_img.training.trackers import Tracker, check_name
 
 _PLAYGROUND_PROMPTS = 4096
 
@@ -56,6 +56,7 @@ class Parts:
 
 def prepare(config: RunConfig) -> Parts:
     """Loads and builds the parts of a run. Raises RlhfImgError for whatever the user can mend, before any work."""
+    check_name(config.tracker)
     rewards = load_rewards(config.rewards)
     train_prompts, heldout_prompts = _prompts(config)
     model = load(config.model)

@@ -11,6 +11,12 @@ from rlhf_img.errors import RlhfImgError, did_you_mean
 NONE = "none"
 
 
+def check_name(name: str) -> None:
+    """Raises RlhfImgError for a tracker that accelerate does not know."""
+    if name != NONE and name not in LOGGER_TYPE_TO_CLASS:
+        raise RlhfImgError(f'there is no tracker "{name}"; {did_you_mean(name, [NONE, *LOGGER_TYPE_TO_CLASS])}')
+
+
 class Tracker:
     """A tracker by name; "none" logs nothing. A context manager."""
 
@@ -19,8 +25,7 @@ class Tracker:
         self._tracker: GeneralTracker | None = None
         if name == NONE:
             return
-        if name not in LOGGER_TYPE_TO_CLASS:
-            raise RlhfImgError(f'there is no tracker "{name}"; {did_you_mean(name, [NONE, *LOGGER_TYPE_TO_CLASS])}')
+        check_name(name)
         cls = LOGGER_TYPE_TO_CLASS[name]
         try:
             where = {"logging_dir": str(folder / "trackers")} if cls.requires_logging_directory else {}
