@@ -56,7 +56,7 @@ def test_list_shows_the_built_in_rewards():
     rows = json.loads(CliRunner().invoke(app, ["list", "--json"], catch_exceptions=False).stdout)
     known = {row["name"]: row for row in rows}
     assert known["rubric"]["source"] == "built-in" and known["rubric"]["range"] == "0 to 1"
-    assert known["artifact"]["role"] == "objective" and "defect" in known["artifact"]["about"]
+    assert known["artifact"]["role"] == "gate" and "defect" in known["artifact"]["about"]
 
 
 def test_help_shows_an_example():
