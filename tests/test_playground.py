@@ -121,7 +121,7 @@ def test_the_tokenizer_has_the_layout_of_the_stock_pipeline() -> None:
 def test_the_shipped_model_is_small_stock_and_says_where_it_comes_from() -> None:
     assert sum(f.stat().st_size for f in WEIGHTS.rglob("*") if f.is_file()) <= 16e6
     assert "playground pretrain" in (WEIGHTS / "README.md").read_text()
-    pipe = Krea2Pipeline.from_pretrained(str(WEIGHTS), torch_dtype=torch.float32)
+    pipe = Krea2Pipeline.from_pretrained(str(WEIGHTS), dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     image = pipe("a red circle on white", height=64, width=64, num_inference_steps=4, guidance_scale=0.0).images[0]
     assert np.asarray(image).std() > 5

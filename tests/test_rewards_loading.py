@@ -42,7 +42,7 @@ def plugin(tmp_path: Path) -> str:
 def test_built_in_names_and_weights():
     rubric, artifact = load_rewards(" rubric:2 , artifact")
     assert (rubric.name, rubric.weight, rubric.source) == ("rubric", 2.0, "built-in")
-    assert (artifact.name, artifact.weight, artifact.range, artifact.role) == ("artifact", 1.0, (0.0, 1.0), "objective")
+    assert (artifact.name, artifact.weight, artifact.range, artifact.role) == ("artifact", 1.0, (0.0, 1.0), "gate")
 
 
 def test_a_function_in_a_file_with_its_attributes(plugin):

@@ -61,7 +61,7 @@ def pretrain(config: PretrainConfig, work: Path, out: Path, start: Path | None =
     work.mkdir(parents=True, exist_ok=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if start is not None:
-        pipe = Krea2Pipeline.from_pretrained(str(start), torch_dtype=torch.float32).to(device)
+        pipe = Krea2Pipeline.from_pretrained(str(start), dtype=torch.float32).to(device)
     else:
         pipe = build.build_pipeline((example(i).caption for i in range(5000)), config.seed).to(device)
         train_text(pipe, config, work)
