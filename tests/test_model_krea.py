@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKLQwenImage, Krea2Pipeline, Krea2Transformer2DModel
+from diffusers import Krea2Pipeline
 from diffusers.models.transformers.transformer_krea2 import Krea2RMSNorm
+from tiny import tiny_pipeline
 from torch import Tensor
 
 from rlhf_img.errors import RlhfImgError
@@ -21,44 +22,6 @@ from rlhf_img.playground import build
 PROMPTS = ["a red circle", "two blue stars above a green cross on grey", "a pink square", ""]
 SIZE = 32  # 2 x 2 tokens of 16 px: small, and enough for rows and columns to differ
 
-
-def tiny_pipeline() -> Krea2Pipeline:
-    """A stock pipeline whose zero-initialised norms and modulation tables have values too, so that no part can hide."""
-    generator = torch.Generator().manual_seed(7)
-    tokenizer = build.build_tokenizer(["a red circle", "two blue stars above a green cross on grey"] * 30)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        transformer = Krea2Transformer2DModel(
-            in_channels=64,
-            num_layers=2,
-            attention_head_dim=32,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            intermediate_size=96,
-            timestep_embed_dim=32,
-            text_hidden_dim=128,
-            num_text_layers=3,
-            text_num_attention_heads=4,
-            text_num_key_value_heads=2,
-            text_intermediate_size=64,
-            num_layerwise_text_blocks=1,
-            num_refiner_text_blocks=1,
-            axes_dims_rope=(8, 12, 12),
-        )
-        vae = AutoencoderKLQwenImage(base_dim=8, dim_mult=[1, 1, 2, 2], num_res_blocks=1, z_dim=16)
-        encoder = build.build_text_encoder(len(tokenizer))
-        for parameter in [*transformer.parameters(), *vae.parameters()]:
-            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
-        transformer.final_layer.linear.weight.data *= 0.5  # velocities of the size of a real one's
-    return Krea2Pipeline(
-        scheduler=build.build_scheduler(),
-        vae=vae,
-        text_encoder=encoder,
-        tokenizer=tokenizer,
-        transformer=transformer,
-        text_encoder_select_layers=build.TEXT_LAYERS,
-        patch_size=2,
-    )
 
 
 def half_pipeline() -> Krea2Pipeline:
@@ -106,7 +69,8 @@ def test_sampling_equals_the_stock_pipeline(model: Model, stock: Krea2Pipeline, 
     ours = sample(model, Conditioner(model), PROMPTS, [1, 2, 1, 2], num_steps=8, guidance=guidance)
     assert (expected - x).abs().max() > 0.5  # the model does something
     assert (expected[0] - expected[2]).abs().max() > 0.1  # and reads its prompt
-    torch.testing.assert_close(ours, expected, atol=1e-5, rtol=0)
+    # Guided latents reach 5 and more, where a float32 is itself only known to 5e-7 a step: hence the relative part.
+    torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_seeds_give_the_stock_noise(model: Model, stock: Krea2Pipeline) -> None:
