@@ -160,7 +160,8 @@ def rollout(
     starts = max(1, min(round(config.num_steps * config.window_span), config.num_steps - config.window))
     start = int(torch.randint(starts, (), generator=generator))
     window = range(start, start + config.window)
-    repeat = [i // config.group * config.group if config.shared_noise else i for i in range(_images(prompts, config))]
+    images = range(len(prompts) * config.group)
+    repeat = [i // config.group * config.group if config.shared_noise else i for i in images]
     noise_BNC = initial_noise(model, [seed + i for i in repeat], model.default_size, model.default_size)
     texts = [text for text in conditioner.encode(prompts) for _ in range(config.group)]
     per_batch = max(1, config.batch_size // config.group) * config.group
@@ -175,10 +176,6 @@ def rollout(
                 )  # fmt: skip
                 batches.append(batch)
     return Rollout(levels=levels.tolist(), window=window, batches=batches, grid=grid)
-
-
-def _images(prompts: Sequence[str], config: GRPOConfig) -> int:
-    return len(prompts) * config.group
 
 
 def _sample_batch(

@@ -43,7 +43,7 @@ def grpo(
 
         rlhf-img grpo --rewards rubric,artifact
 
-        rlhf-img grpo --model krea/Krea-2-Raw --prompts prompts.txt --rewards rubric,artifact grpo.lr=3e-4
+        rlhf-img grpo --model krea/Krea-2-Raw --prompts prompts.txt --rewards my_rewards.py:neon grpo.lr=3e-4
 
         rlhf-img grpo --out runs/first --resume
     """

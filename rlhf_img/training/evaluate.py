@@ -14,7 +14,7 @@ from rlhf_img.training.prompts import Prompt
 from rlhf_img.training.samples import Drawn, Progress, draw, draw_images
 from rlhf_img.training.sentinels import diversity
 
-_SEED = 7_000_000
+EVAL_SEED = 7_000_000
 """First image seed of evaluations; far from those of rollouts, and the same for every run, so that runs compare."""
 
 
@@ -56,14 +56,14 @@ def evaluate(
     progress: Progress | None = None,
 ) -> tuple[Evaluation, Drawn]:  # fmt: skip
     """Measures the transformer as it is now (with the role that is active). `rewards` must hold "rubric"."""
-    seeds = [_SEED + i for i in range(len(prompts))]
+    seeds = [EVAL_SEED + i for i in range(len(prompts))]
     drawn = draw(
         model, conditioner, rewards, prompts, seeds, num_steps=config.num_steps, guidance=config.guidance,
         progress=progress,
     )  # fmt: skip
     some = [p for p in prompts[: config.diversity_prompts] for _ in range(config.diversity_images)]
     varied = draw_images(
-        model, conditioner, some, [2 * _SEED + i for i in range(len(some))], num_steps=config.num_steps,
+        model, conditioner, some, [2 * EVAL_SEED + i for i in range(len(some))], num_steps=config.num_steps,
         guidance=config.guidance,
     )  # fmt: skip
     return measure(drawn, diversity(varied.unflatten(0, (-1, config.diversity_images))).tolist()), drawn

@@ -26,7 +26,7 @@ from rlhf_img.rewards import Images, Reward, advantages, load_rewards, score
 from rlhf_img.rewards.rubric import rubric_of
 from rlhf_img.training import prompts as prompt_room
 from rlhf_img.training.config import RunConfig
-from rlhf_img.training.evaluate import Evaluation, compare, evaluate, summarise
+from rlhf_img.training.evaluate import EVAL_SEED, Evaluation, compare, evaluate, summarise
 from rlhf_img.training.preflight import check_ratios
 from rlhf_img.training.prompts import Prompt
 from rlhf_img.training.rundir import RunDir
@@ -234,7 +234,7 @@ def _evaluate(parts: Parts, console: Console, title: str) -> Any:
 
 def _save_samples(parts: Parts, run: RunDir, tag: str) -> None:
     prompts = parts.heldout_prompts[: parts.config.samples]
-    seeds = [7_000_000 + i for i in range(len(prompts))]
+    seeds = [EVAL_SEED + i for i in range(len(prompts))]
     with parts.policy.averaged():
         drawn = draw(
             parts.model, parts.conditioner, parts.watched, prompts, seeds, num_steps=parts.config.eval.num_steps,
