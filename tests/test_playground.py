@@ -1,5 +1,6 @@
 """The embedded world and its model: exact truth, a split by composition, stock files, and training that resumes."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from diffusers import Krea2Pipeline
 from rlhf_img.model.loading import load
 from rlhf_img.playground import build
 from rlhf_img.playground.captions import caption
-from rlhf_img.playground.data import describe, example, prompts
+from rlhf_img.playground.data import FACT_SIZES, example, facts, prompts
 from rlhf_img.playground.fit import FitConfig, fit
 from rlhf_img.playground.render import render
 from rlhf_img.playground.scene import (
@@ -85,7 +86,18 @@ def test_captions_vary_and_name_every_thing() -> None:
     assert len(said) > 20
     assert all("red" in text and ("circles" in text or "discs" in text) for text in said)
     assert all("two" in t or "2" in t or "a pair of" in t for t in said)
-    assert describe(scene) == "2 red circle large on grey"
+
+
+def test_facts_name_each_kind_of_thing_in_order_and_what_is_not_there() -> None:
+    star = Thing(shape="star", color="pink", size="small", x=15.0, y=30.0, radius=8.0)
+    other = replace(star, shape="circle", color="red", x=45.0)
+    none_of_four = [8, 5, 3, 4]
+    assert facts(Scene(things=(star, star), background="grey")) == [7, 3, 0, 1, *none_of_four, 4, 1, 12, 3]
+    pair = Scene(things=(star, other), background="white", relation="left of", word="HI", style="vignette")
+    assert facts(pair) == [7, 3, 0, 0, 0, 0, 0, 0, 0, 0, 1, 2]
+    rng = np.random.default_rng(4)
+    for _ in range(300):
+        assert all(0 <= f < n for f, n in zip(facts(sample_scene(rng)), FACT_SIZES, strict=True))
 
 
 def test_a_broken_scene_differs_in_the_fact_that_it_names() -> None:

@@ -1,16 +1,29 @@
 """Scenes, captions and pixels in bulk, for training the embedded model."""
 
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
 
 from rlhf_img.playground.captions import caption
 from rlhf_img.playground.render import render
-from rlhf_img.playground.scene import Scene, Split, break_scene, sample_scene
+from rlhf_img.playground.scene import (
+    BACKGROUNDS,
+    COLORS,
+    RADII,
+    RELATIONS,
+    SHAPES,
+    STYLES,
+    WORDS,
+    Scene,
+    Split,
+    break_scene,
+    sample_scene,
+)
 
-WRONG_CAPTIONS = 0.25
+WRONG_CAPTIONS = 0.15
 """Share of captions in the DiT's training data that describe a scene with one fact changed. Captions of real
-training sets are wrong about as often as that; it is what leaves alignment something to do."""
+training sets are wrong too; it is part of what leaves alignment something to do."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,11 +55,18 @@ def prompts(split: Split, count: int, seed: int = 0) -> list[str]:
     return list(found)
 
 
-def describe(scene: Scene) -> str:
-    """The canonical description that the text encoder learns to give after a caption."""
-    groups: dict[tuple[str, str, str], int] = {}
-    for t in scene.things:
-        groups[t.size, t.color, t.shape] = groups.get((t.size, t.color, t.shape), 0) + 1
-    parts = [f"{n} {color} {shape} {size}" for (size, color, shape), n in groups.items()]
-    parts += [scene.relation or "", f'"{scene.word}"' if scene.word else "", scene.style or ""]
-    return "; ".join(p for p in parts if p) + f" on {scene.background}"
+_FACTS: tuple[tuple[str, ...], ...] = (
+    *2 * ((*COLORS, ""), (*SHAPES, ""), (*RADII, ""), ("1", "2", "3", "4", "")),
+    (*RELATIONS, ""), tuple(BACKGROUNDS), (*WORDS, ""), (*STYLES, ""),
+)
+FACT_SIZES = tuple(len(options) for options in _FACTS)
+"""Classes of each fact that `facts` gives."""
+
+
+def facts(scene: Scene) -> list[int]:
+    """The truth of a scene as one class a fact: colour, shape, size and number of each of two kinds of thing in the
+    order in which a caption names them, then relation, background, word and style. What is not there is a class."""
+    kinds = Counter((t.color, t.shape, t.size) for t in scene.things)
+    told = [value for kind, count in kinds.items() for value in (*kind, str(count))]
+    told += [""] * (8 - len(told)) + [scene.relation or "", scene.background, scene.word or "", scene.style or ""]
+    return [options.index(value) for options, value in zip(_FACTS, told, strict=True)]

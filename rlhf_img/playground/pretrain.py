@@ -1,8 +1,8 @@
 """`rlhf-img playground pretrain`: makes the embedded model from nothing but rendered scenes.
 
-Four stages, each resumable: a tokenizer and a text encoder (a causal language model that reads a caption in Krea's
-chat template and answers with the scene's description), the autoencoder, latents and text features of the training
-set computed once, and the DiT by flow matching with dropped captions and an averaged copy of the weights.
+Four stages, each resumable: a tokenizer and a text encoder (which reads a caption in Krea's chat template until the
+scene's facts can be read off its states), the autoencoder, latents and text features of the training set computed
+once, and the DiT by flow matching with dropped captions and an averaged copy of the weights.
 """
 
 from collections import defaultdict
@@ -19,8 +19,10 @@ from torch import Tensor
 from rlhf_img.model.forward import use_native_gqa
 from rlhf_img.model.vae import single_frame
 from rlhf_img.playground import build
-from rlhf_img.playground.data import WRONG_CAPTIONS, describe, example, prompts
+from rlhf_img.playground.captions import caption
+from rlhf_img.playground.data import FACT_SIZES, WRONG_CAPTIONS, example, facts, prompts
 from rlhf_img.playground.fit import FitConfig, fit
+from rlhf_img.playground.scene import sample_scene
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,8 +35,8 @@ class PretrainConfig:
     vae: FitConfig = field(default_factory=lambda: FitConfig(steps=5000, lr=1.5e-3, ema=0.995))
     decoder: FitConfig = field(default_factory=lambda: FitConfig(steps=700, lr=1e-3, ema=0.995))
     """The decoder alone, with the encoder frozen."""
-    text: FitConfig = field(default_factory=lambda: FitConfig(steps=1000, lr=2e-3))
-    dit: FitConfig = field(default_factory=lambda: FitConfig(steps=6600, lr=1.5e-3, ema=0.998, save_every=500))
+    text: FitConfig = field(default_factory=lambda: FitConfig(steps=900, lr=2e-3))
+    dit: FitConfig = field(default_factory=lambda: FitConfig(steps=16_000, lr=2e-3, ema=0.998, save_every=500))
     batch: int = 64
     """Examples a step of the text encoder and the DiT; the autoencoder takes a quarter of it."""
     drop: float = 0.1
@@ -71,20 +73,24 @@ def pretrain(config: PretrainConfig, work: Path, out: Path, start: Path | None =
 
 
 def train_text(pipe: Krea2Pipeline, config: PretrainConfig, work: Path) -> None:
-    """Causal language modelling of caption and description in the chat template."""
+    """Reading comprehension: from each suffix token, which has seen the whole caption, linear heads (dropped
+    afterwards) tell the scene's facts. The blocks get no text positions, so binding has to be in these states."""
     encoder, tokenizer = pipe.text_encoder, pipe.tokenizer
     device = encoder.device
+    encoder.heads = torch.nn.Linear(encoder.config.text_config.hidden_size, sum(FACT_SIZES), device=device)
 
     def loss_fn(step: int) -> Tensor:
-        items = [example(10_000_000 + step * config.batch + i) for i in range(config.batch)]
-        texts = [build.PREFIX + e.caption + build.SUFFIX + describe(e.scene) + "<|im_end|>" for e in items]
-        tokens = tokenizer(texts, padding=True, return_tensors="pt").to(device)
-        hidden = encoder(**tokens).last_hidden_state[:, 33:-1]
-        logits = hidden @ encoder.get_input_embeddings().weight.T
-        target = tokens.input_ids[:, 34:].masked_fill(tokens.attention_mask[:, 34:] == 0, -100)
-        return F.cross_entropy(logits.flatten(0, 1).float(), target.flatten())
+        rng = np.random.default_rng((10, config.seed, step))
+        scenes = [sample_scene(rng) for _ in range(config.batch)]
+        texts = [build.PREFIX + caption(scene, rng) + build.SUFFIX for scene in scenes]
+        tokens = tokenizer(texts, padding=True, padding_side="left", return_tensors="pt").to(device)
+        hidden = encoder(**tokens).last_hidden_state[:, -5:]
+        truth = torch.tensor([facts(scene) for scene in scenes], device=device)
+        logits = encoder.heads(hidden).split(FACT_SIZES, dim=-1)
+        return sum(F.cross_entropy(x.flatten(0, 1), truth[:, i].repeat_interleave(5)) for i, x in enumerate(logits))
 
     fit("text", encoder, loss_fn, config.text, work)
+    del encoder.heads
 
 
 def train_vae(vae: AutoencoderKLQwenImage, config: PretrainConfig, work: Path) -> None:
