@@ -48,8 +48,21 @@ def test_lint_reports_every_broken_file(tmp_path):
     worse.write_text("version: 1\nprompt: p\nrequirements: [{id: a, check: vqa, ask: x, needs: [a]}]\n")
     result = call("lint", good, bad, worse)
     assert isinstance(result.exception, RlhfImgError) and result.exception.exit_code == 2
-    assert 'did you mean "color"' in str(result.exception) and "a -> a" in str(result.exception)
-    assert "good.yaml: 1 rubric ok" in result.stdout and "expect: absent" in result.stderr
+    assert "2 errors in 3 files" in str(result.exception)
+    for said in ('bad.yaml:3:16: error: requirements.0: no check is called colour; did you mean "color"', "a -> a"):
+        assert said in result.stdout
+    assert call("lint", good).exit_code == 0 and "1 warning" in call("lint", good).stdout
+    assert json.loads(call("lint", good, "--json").stdout)[0]["line"] == 2
+
+
+def test_new_writes_a_commented_file_that_lints_and_overwrites_nothing(tmp_path):
+    out = tmp_path / "r.yaml"
+    assert call("new", 'a red circle, no people, the word "NO" xyzzy', "--out", out).exit_code == 0
+    assert "equals: 'NO'" in out.read_text() and "xyzzy" in out.read_text()
+    assert call("lint", out).exit_code == 0
+    again = call("new", "a star", "--out", out)
+    assert isinstance(again.exception, RlhfImgError) and "exists" in str(again.exception)
+    assert "circle" in out.read_text()
 
 
 def test_score_as_table_and_as_json(tmp_path):

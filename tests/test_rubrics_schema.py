@@ -15,9 +15,10 @@ LIBRARY = sorted(
 
 @pytest.mark.parametrize("name", LIBRARY)
 def test_library_parses_without_warnings_and_round_trips(name):
-    rubrics = load_rubrics(str(resources.files("rlhf_img.rubrics") / "library" / name))
+    text = (resources.files("rlhf_img.rubrics") / "library" / name).read_text(encoding="utf-8")
+    rubrics = parse_rubrics(text)
     assert rubrics and parse_rubrics(dump_rubrics(rubrics)) == rubrics
-    assert [lint(r) for r in rubrics] == [[] for _ in rubrics]
+    assert lint(text) == []
 
 
 @pytest.mark.parametrize("prompt", ['a box and the word "NO"', 'the word "on"', 'text "12:30"', 'a sign reading "007"'])
@@ -60,7 +61,7 @@ def test_refusals_say_what_to_mend(lines, said):
 def test_error_names_file_and_line(tmp_path):
     path = tmp_path / "r.yaml"
     path.write_text(HEAD + "- {id: a, check: vqa, ask: x}\n- id: b\n  check: vqa\n  asc: y\n", encoding="utf-8")
-    with pytest.raises(RlhfImgError, match=r"r\.yaml:7: requirements\.1\.asc: unknown field.*ask"):
+    with pytest.raises(RlhfImgError, match=r"r\.yaml:7:3: error: requirements\.1\.asc: unknown field.*ask"):
         load_rubrics(path)
 
 
@@ -85,11 +86,36 @@ def test_custom_check_by_file_is_allowed_and_permits_are_collected():
     assert rubric.permits == {"blur", "grain"}
 
 
-def test_lint_warns_of_what_is_valid_but_doubtful():
-    (rubric,) = parse_rubrics(
-        'version: 1\nprompt: a cat, no dog, "HI"\nrequirements:\n- {id: a, check: vqa, ask: "Is it red and round?"}\n'
-        "- {id: b, check: style, equals: film grain}\n- {id: c, check: style, equals: film grain}"
-    )
-    text = "\n".join(lint(rubric))
-    for part in ("two things", "permits: [grain, noise]", "same as b", '"HI"', 'says "no"'):
-        assert part in text
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        ('- {id: a, check: vqa, ask: "Is it red and round?"}', '4:28: warning: "and" joins two'),
+        ('- {id: a, check: vqa, ask: "Is it beautiful?"}', '4:28: warning: "beautiful" is a matter of taste'),
+        ('- {id: a, check: vqa, ask: "Is there no dog?"}', '4:28: warning: "no" negates'),
+        ("- id: a\n  check: vqa\n  ask: Isn't it late?", "6:8: warning: \"n't\" negates"),
+        ("- {id: a, check: style, equals: film grain}", "4:3: warning: the artifact reward will punish film grain"),
+        ("- {id: a, check: object, target: cat}\n- {id: b, check: object, target: cat}", "5:3: warning: b says the same"),
+        ("- {id: a, check: object, target: cat}\n- {id: b, check: color, target: cat, equals: red}", "needs: [a]"),
+        ("- {id: a, check: text, equals: on}", '4:32: error: YAML reads the bare on as a boolean: quote it, "on"'),
+        ("- {id: a, check: count, target: cat, equals: 12:30}", "4:46: error: YAML reads the bare 12:30 as another"),
+        ("- {id: a, check: text, equals: 2024-01-01}", "4:32: error: YAML reads the bare 2024-01-01 as a date"),
+        ("- {id: a, check: vqa, ask: x, on: y}", "4:31: error: YAML reads the bare on"),
+        ("- {id: a, id: b, check: vqa, ask: x}", "4:11: error: id is given twice"),
+        ("- {id: a, check: objct, target: cat}", '4:3: error: requirements.0: no check is called objct; did you mean "object"'),
+        ("- {id: a, check: vqa, ask: x, needs: [b]}", "error: a needs b, which no requirement is"),
+        ("- {id: a, check: vqa, ask: x", "error: not valid YAML"),
+        ("  []", "warning: there are no requirements"),
+    ],
+)  # fmt: skip
+def test_lint_says_where_and_how_to_mend(lines, said):
+    assert any(said in str(finding) for finding in lint(HEAD + lines)), [str(f) for f in lint(HEAD + lines)]
+
+
+def test_lint_compares_the_requirements_with_the_prompt():
+    text = 'version: 1\nprompt: a cat, no dog, "HI"\nrequirements: [{id: a, check: object, target: cat}]'
+    said = "\n".join(map(str, lint(text)))
+    assert 'quoted "HI"' in said and 'the prompt says "no"' in said and said.count("2:9: warning") == 2
+
+
+def test_a_compound_inside_quotation_marks_is_one_requirement():
+    assert lint(HEAD + "- {id: a, check: vqa, ask: 'Does the sign read \"salt and pepper\"?'}") == []

@@ -137,7 +137,7 @@ def _open(paths: list[Path]) -> "Images":
 
 
 def _rubric(path: Path) -> "Rubric":
-    from rlhf_img.rubrics.schema import load_rubrics
+    from rlhf_img.rubrics.files import load_rubrics
 
     rubrics = load_rubrics(path)
     if len(rubrics) != 1:

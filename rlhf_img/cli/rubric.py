@@ -13,13 +13,14 @@ from rich.tree import Tree
 
 from rlhf_img import rubrics
 from rlhf_img.errors import RlhfImgError
+from rlhf_img.rubrics.files import read_text
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
 app = typer.Typer(
-    help="Prompts as verifiable requirements: decompose, lint, show, score.",
+    help="Prompts as verifiable requirements: new, decompose, lint, show, score.",
     no_args_is_help=True,
     rich_markup_mode="rich",
 )
@@ -55,34 +56,66 @@ def decompose(
 
 
 def _read_prompts(path: Path) -> list[str]:
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise RlhfImgError(f"{path}: cannot be read as text: {error}") from error
+    lines = [line.strip() for line in read_text(path).splitlines()]
     if not any(lines):
         raise RlhfImgError(f"{path} holds no prompt; expected one a line")
     return [line for line in lines if line]
 
 
 @app.command()
-def lint(files: Annotated[list[Path], typer.Argument(help="Rubric files.")]) -> None:
-    """Check rubric files. Errors end with exit code 2; warnings are only printed.
+def new(
+    prompt: Annotated[str, typer.Argument(help="The prompt, in quotes.")],
+    out: Annotated[Path, typer.Option(help="The file to write; one that exists is left alone.")] = Path("rubric.yaml"),
+) -> None:
+    """Write a commented rubric for one prompt: what the grammar found in it, and what is left for you to add.
+
+    Example: rlhf-img rubric new 'a poster reading "OPEN", no people' --out poster.yaml
+    """
+    found = rubrics.decompose(prompt)
+    left = [f"#   {{id: {i}, check: vqa, ask: ...}}   # {word!r}" for i, word in enumerate(found.uncovered, start=1)]
+    text = _NEW_HEAD + rubrics.dump_rubrics([found.rubric])
+    if left:
+        text += "\n".join(["# Words of the prompt that no requirement covers; ask about them, or leave them:", *left, ""])
+    try:
+        with out.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError as error:
+        raise RlhfImgError(f"{out} exists and is left as it is; give another --out") from error
+    except OSError as error:
+        raise RlhfImgError(f"{out} cannot be written: {error}") from error
+    typer.echo(f"{out}: {len(found.rubric.requirements)} requirements, {len(found.uncovered)} words left to you")
+
+
+_NEW_HEAD = """\
+# A rubric: one verifiable requirement a line. After a change: rlhf-img rubric lint FILE
+#   check:  object | count | color | size | relation | background | style | text | vqa | my_checks.py:name
+#   needs:  [ids] without which this one means nothing; its score is capped by theirs
+#   must: true caps the total where it fails; weight: 2 counts twice; expect: absent asks for what must not be there
+#   permits: [grain, noise, blur, vignette] is asked for here, and so is no defect to the artifact reward
+#   Put equals in quotes: YAML reads a bare NO, on, 12:30 or 007 as something else.
+"""
+
+
+@app.command()
+def lint(
+    files: Annotated[list[Path], typer.Argument(help="Rubric files.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, one object a finding.")] = False,
+) -> None:
+    """Check rubric files: every finding with line, column and how to mend it. Errors end with exit code 2.
 
     Example: rlhf-img rubric lint my-rubrics/*.yaml
     """
-    errors = []
-    for path in files:
-        try:
-            loaded = rubrics.load_rubrics(path)
-        except RlhfImgError as error:
-            errors.append(str(error))
-            continue
-        for rubric in loaded:
-            for warning in rubrics.lint(rubric):
-                typer.echo(f"{path}: warning: {warning}", err=True)
-        typer.echo(f"{path}: {len(loaded)} rubric{'s' * (len(loaded) != 1)} ok")
+    found = [(path, finding) for path in files for finding in rubrics.lint(read_text(path))]
+    if as_json:
+        typer.echo(json.dumps([{"file": str(path), **dataclasses.asdict(f)} for path, f in found], indent=2))
+    else:
+        for path, finding in found:
+            typer.echo(f"{path}:{finding}")
+    errors = sum(f.severity == "error" for _, f in found)
     if errors:
-        raise RlhfImgError("\n".join(errors))
+        raise RlhfImgError(f"{errors} error{'s' * (errors != 1)} in {len(files)} file{'s' * (len(files) != 1)}")
+    if not as_json:
+        typer.echo(f"{len(files)} file{'s' * (len(files) != 1)} ok, {len(found)} warning{'s' * (len(found) != 1)}")
 
 
 @app.command()

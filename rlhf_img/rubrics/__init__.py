@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rlhf_img.rubrics.checks import Check, CheckResult, find_check
+    from rlhf_img.rubrics.files import Finding, dump_rubrics, load_rubrics, parse_rubrics
     from rlhf_img.rubrics.grammar import Decomposition, decompose
     from rlhf_img.rubrics.linter import lint
     from rlhf_img.rubrics.schema import (
@@ -20,11 +21,8 @@ if TYPE_CHECKING:
         Requirement,
         Rubric,
         Source,
-        dump_rubrics,
-        load_rubrics,
-        parse_rubrics,
     )
-    from rlhf_img.rubrics.scoring import RequirementResult, RubricResult, score
+    from rlhf_img.rubrics.scoring import RequirementResult, RubricResult, score, score_all
     from rlhf_img.rubrics.vision import Analysis, Thing, analyze
 
 _HOME = {
@@ -39,12 +37,14 @@ _HOME = {
     "Requirement": "schema",
     "Rubric": "schema",
     "Source": "schema",
-    "dump_rubrics": "schema",
-    "load_rubrics": "schema",
-    "parse_rubrics": "schema",
+    "Finding": "files",
+    "dump_rubrics": "files",
+    "load_rubrics": "files",
+    "parse_rubrics": "files",
     "RequirementResult": "scoring",
     "RubricResult": "scoring",
     "score": "scoring",
+    "score_all": "scoring",
     "Analysis": "vision",
     "Thing": "vision",
     "analyze": "vision",
@@ -55,6 +55,7 @@ __all__ = [
     "Check",
     "CheckResult",
     "Decomposition",
+    "Finding",
     "Gate",
     "Requirement",
     "RequirementResult",
@@ -70,6 +71,7 @@ __all__ = [
     "load_rubrics",
     "parse_rubrics",
     "score",
+    "score_all",
 ]
 
 

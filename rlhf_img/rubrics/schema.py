@@ -1,12 +1,9 @@
-"""The rubric file: its models, its YAML in and out, and errors that say what to mend and where."""
+"""What a rubric may hold, and what its parts must agree on. Reading and writing files is in `files`."""
 
 import re
-from collections.abc import Iterable, Sequence
 from importlib.metadata import entry_points
-from pathlib import Path
 from typing import Annotated, Literal
 
-import yaml
 from pydantic import (
     AliasChoices,
     BaseModel,
@@ -15,11 +12,10 @@ from pydantic import (
     StrictBool,
     StrictInt,
     StrictStr,
-    ValidationError,
     model_validator,
 )
 
-from rlhf_img.errors import RlhfImgError, did_you_mean
+from rlhf_img.errors import did_you_mean
 
 BUILTIN_CHECKS = ("object", "count", "color", "relation", "size", "background", "style", "text", "vqa")
 CUSTOM_CHECK = re.compile(r".+\.py:\w+")
@@ -50,6 +46,8 @@ class Requirement(_Model):
 
     `equals` is a whole number for `count` and a string elsewhere. `needs` are ids of requirements without which
     this one means nothing: its score is capped by theirs. `permits` are artifact classes that are asked for here.
+    `via` says who scores: the check itself (`cv`, `ocr`) or a judge (`vlm`). Without it the check does, and a judge,
+    if there is one, where the check cannot tell.
     """
 
     id: Id
@@ -68,6 +66,7 @@ class Requirement(_Model):
     weight: Annotated[float, Field(gt=0)] = 1.0
     permits: tuple[str, ...] = ()
     extra_text: Literal["penalize", "ignore"] = "penalize"
+    via: Literal["cv", "ocr", "vlm"] | None = None
 
     @model_validator(mode="after")
     def _arguments_fit_check(self) -> "Requirement":
@@ -125,12 +124,19 @@ class Gate(_Model):
 
 
 class Source(_Model):
-    """Where a rubric comes from."""
+    """Where a rubric comes from.
+
+    `model` and `template` are those of the `llm` decomposer. `uncovered` are the words that no requirement covers.
+    `content_sha` is the hash of the rubric as it was made, by which an edit is seen.
+    """
 
     decomposer: str | None = None
+    model: str | None = None
     template: str | None = None
     prompt_sha: str | None = None
     edited_by: str | None = None
+    uncovered: tuple[str, ...] = ()
+    content_sha: str | None = None
 
 
 class Rubric(_Model):
@@ -191,86 +197,3 @@ def _find_cycle(needs: dict[str, tuple[str, ...]]) -> list[str] | None:
         return None
 
     return next((cycle for node in needs if (cycle := visit(node, []))), None)
-
-
-def load_rubrics(path: str | Path) -> list[Rubric]:
-    """The rubrics of a YAML file, which holds one or a list.
-
-    Raises RlhfImgError, with the file and line, if it is not readable, not YAML or not a valid rubric.
-    """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RlhfImgError(f"{path}: cannot be read as text: {error}") from error
-    return parse_rubrics(text, where=str(path))
-
-
-def parse_rubrics(text: str, where: str = "rubric") -> list[Rubric]:
-    """As `load_rubrics`, of text; `where` names it in errors."""
-    try:
-        data, node = yaml.safe_load(text), yaml.compose(text, Loader=yaml.SafeLoader)
-    except yaml.YAMLError as error:
-        raise RlhfImgError(f"{where}: not valid YAML: {error}") from error
-    if node is None:
-        raise RlhfImgError(f"{where}: empty; expected a rubric (prompt, requirements) or a list of them")
-    several = isinstance(data, list)
-    rubrics, problems = [], []
-    for item, item_node in zip(data if several else [data], node.value if several else [node], strict=True):
-        try:
-            rubrics.append(Rubric.model_validate(item))
-        except ValidationError as error:
-            problems += [f"{where}:{_line(item_node, e['loc'])}: {_explain(e, item)}" for e in error.errors()]
-    if problems:
-        raise RlhfImgError("\n".join(problems))
-    return rubrics
-
-
-def dump_rubrics(rubrics: Sequence[Rubric]) -> str:
-    """YAML that `parse_rubrics` reads back to equal rubrics; only what differs from the defaults is written."""
-    plain = [_plain(r) for r in rubrics]
-    return yaml.safe_dump(plain[0] if len(plain) == 1 else plain, sort_keys=False, allow_unicode=True, width=120)
-
-
-def _plain(rubric: Rubric) -> dict[str, object]:
-    plain = rubric.model_dump(mode="json", by_alias=True, exclude_defaults=True)
-    return {"version": rubric.version, **plain, "requirements": plain.get("requirements", [])}
-
-
-def _line(node: yaml.Node, location: Iterable[int | str]) -> int:
-    """The line of the deepest part of `location` that the YAML tree has."""
-    for step in location:
-        if isinstance(node, yaml.SequenceNode) and isinstance(step, int) and step < len(node.value):
-            node = node.value[step]
-        elif isinstance(node, yaml.MappingNode):
-            children = {key.value: (key, value) for key, value in node.value}
-            if step not in children:
-                break
-            key, value = children[str(step)]
-            node = value if isinstance(value, yaml.CollectionNode) else key
-    return int(node.start_mark.line) + 1
-
-
-def _explain(error: object, item: object) -> str:
-    assert isinstance(error, dict)
-    location, message = error["loc"], str(error["msg"]).removeprefix("Value error, ")
-    path = ".".join(str(step) for step in location)
-    if not isinstance(item, dict):
-        return f"expected a rubric (a mapping with prompt and requirements), got {type(item).__name__}"
-    if error["type"] == "extra_forbidden":
-        model = _model_at(location)
-        known = [field.serialization_alias or name for name, field in model.model_fields.items()]
-        return f"{path}: unknown field {location[-1]!r}; {did_you_mean(str(location[-1]), known)}"
-    if error["type"] == "invalid_key":
-        return f"{path}: the key {location[-1]} is no string: YAML reads bare on, yes and NO as booleans; quote it"
-    given = f" (got {error['input']!r})" if error["type"] not in ("value_error", "missing") else ""
-    return f"{path}: {message}{given}" if path else f"{message}"
-
-
-def _model_at(location: Sequence[int | str]) -> type[BaseModel]:
-    models: dict[str, type[BaseModel]] = {
-        "requirements": Requirement,
-        "aggregate": Aggregate,
-        "gates": Gate,
-        "source": Source,
-    }
-    return models.get(str(location[0]), Rubric) if len(location) > 1 else Rubric
