@@ -101,7 +101,7 @@ def _syntax_error(error: yaml.YAMLError) -> Finding:
     mark = getattr(error, "problem_mark", None)
     problem = getattr(error, "problem", None) or str(error)
     line, column = (mark.line + 1, mark.column + 1) if mark else (1, 1)
-    message = f"not valid YAML: {problem}. A value with a colon, a comma, a bracket or a # wants quotes"
+    message = f"not valid YAML: {problem}. A value with a colon, comma, question mark, bracket or # wants quotes"
     return Finding(line=line, column=column, severity="error", message=message)
 
 

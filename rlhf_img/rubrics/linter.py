@@ -11,7 +11,7 @@ from rlhf_img.rubrics.schema import Requirement, Rubric
 
 _QUOTED = re.compile(r'"([^"]+)"|“([^”]+)”')
 _NEGATION = re.compile(r"\b(no|not|without|never|none)\b|n[’']t\b", re.IGNORECASE)
-_COMPOUND = re.compile(r"\b(and|or|as well as|but)\b|&", re.IGNORECASE)
+_COMPOUND = re.compile(r"(?<!-)\b(and|or|as well as|but)\b(?!-)|&", re.IGNORECASE)
 _TASTE = re.compile(
     r"\b(beautiful|pretty|nice|good|great|amazing|awesome|stunning|gorgeous|lovely|interesting|aesthetic|appealing|"
     r"pleasing|atmospheric|evocative|masterpiece|professional|perfect|(?:high|best|good)[- ]quality|realistic enough|"
