@@ -1,28 +1,34 @@
 """The rubric reward: how much of what a prompt asks for is in the image."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
-
-import numpy as np
+from typing import Any
 
 from rlhf_img import rubrics as rubric_room
+from rlhf_img.config import from_mapping
+from rlhf_img.judges import JudgeConfig, open_judge
 from rlhf_img.rewards.protocol import Images, Verdict
-from rlhf_img.rubrics.schema import Rubric
+from rlhf_img.rubrics import Rubric, RubricResult
 
 
 def rubric(
-    prompts: Sequence[str], images: Images, *, rubrics: Sequence[Rubric | None] | None = None, **columns: object
+    prompts: Sequence[str],
+    images: Images,
+    *,
+    rubrics: Sequence[Rubric | None] | None = None,
+    judge: Mapping[str, Any] | None = None,
+    **columns: object,
 ) -> list[Verdict]:
     """The total of each image's rubric, in [0, 1]; the `RubricResult` with every requirement is in the details.
 
     rubrics: the rubric of each image's prompt where the data set has one; other prompts are decomposed (and kept).
+    judge: settings of a judge model (the fields of `JudgeConfig`), which is asked what the checks cannot tell.
     Unscored where too much of a rubric could not be checked, or where nothing could be turned into a requirement.
     """
-    own = rubrics if rubrics is not None else [None] * len(prompts)
-    return [
-        _verdict(rubric_of(prompt) if given is None else given, image)
-        for prompt, given, image in zip(prompts, own, images.arrays, strict=True)
-    ]
+    given = rubrics if rubrics is not None else [None] * len(prompts)
+    own = [rubric_of(prompt) if one is None else one for prompt, one in zip(prompts, given, strict=True)]
+    asked = None if judge is None else open_judge(from_mapping(JudgeConfig, judge, "judge"))
+    return [_verdict(result) for result in rubric_room.score_all(own, list(images.arrays), asked)]
 
 
 rubric.range = (0.0, 1.0)  # type: ignore[attr-defined]
@@ -35,9 +41,8 @@ def rubric_of(prompt: str) -> Rubric:
     return rubric_room.decompose(prompt).rubric
 
 
-def _verdict(rubric: Rubric, image: np.ndarray) -> Verdict:
-    result = rubric_room.score(rubric, image)
+def _verdict(result: RubricResult) -> Verdict:
     if result.total is not None:
         return Verdict(value=result.total, details=result)
-    reason = "too little of the rubric could be checked" if rubric.requirements else "the rubric has no requirement"
+    reason = "too little of the rubric could be checked" if result.requirements else "the rubric has no requirement"
     return Verdict(value=None, reason=reason, details=result)

@@ -9,7 +9,9 @@ import numpy as np
 import numpy.typing as npt
 
 from rlhf_img.errors import RlhfImgError
+from rlhf_img.judges import Judge
 from rlhf_img.rubrics.checks import Check, CheckResult, find_check
+from rlhf_img.rubrics.questions import ask_judge
 from rlhf_img.rubrics.schema import Aggregate, Requirement, Rubric
 from rlhf_img.rubrics.vision import Analysis, Box, analyze
 
@@ -42,16 +44,41 @@ def score(rubric: Rubric, image: npt.NDArray[Any], checks: Mapping[str, Check] |
 
     Args:
         image: uint8 (H, W, 3), RGB.
-        checks: replaces checks by name, such as "vqa" by one that asks a judge.
+        checks: replaces checks by name.
 
     Raises RlhfImgError if the image has another form or a check cannot be loaded or misbehaves.
     """
+    return _result(rubric, _run_checks(rubric, image, checks or {}))
+
+
+def score_all(
+    rubrics: Sequence[Rubric], images: Sequence[npt.NDArray[Any]], judge: Judge | None = None
+) -> list[RubricResult]:
+    """As `score`, of each image with its rubric. What the checks leave unscored, the judge is asked, all at once."""
+    raw = [_run_checks(rubric, image, {}) for rubric, image in zip(rubrics, images, strict=True)]
+    if judge is not None:
+        open_questions = [
+            (place, requirement)
+            for place, rubric in enumerate(rubrics)
+            for requirement in rubric.requirements
+            if raw[place][requirement.id].score is None and requirement.via not in ("cv", "ocr")
+        ]
+        answers = ask_judge(judge, [(requirement, images[place]) for place, requirement in open_questions])
+        for (place, requirement), answer in zip(open_questions, answers, strict=True):
+            raw[place][requirement.id] = answer
+    return [_result(rubric, checked) for rubric, checked in zip(rubrics, raw, strict=True)]
+
+
+def _run_checks(rubric: Rubric, image: npt.NDArray[Any], checks: Mapping[str, Check]) -> dict[str, CheckResult]:
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or min(image.shape[:2]) < 16:
         raise RlhfImgError(
             f"the image is {image.dtype} {image.shape}; expected uint8 (H, W, 3), RGB, at least 16 px a side"
         )
     analysis = analyze(image)
-    raw = {r.id: _run(r, analysis, checks or {}) for r in rubric.requirements}
+    return {r.id: _run(r, analysis, checks) for r in rubric.requirements}
+
+
+def _result(rubric: Rubric, raw: Mapping[str, CheckResult]) -> RubricResult:
     final = apply_needs({r.id: r.needs for r in rubric.requirements}, {i: c.score for i, c in raw.items()})
     results = tuple(
         RequirementResult(
@@ -73,6 +100,8 @@ def score(rubric: Rubric, image: npt.NDArray[Any], checks: Mapping[str, Check] |
 
 
 def _run(requirement: Requirement, analysis: Analysis, checks: Mapping[str, Check]) -> CheckResult:
+    if requirement.via == "vlm":
+        return CheckResult(score=None, evidence="via: vlm needs a judge; none was given")
     check = checks[requirement.check] if requirement.check in checks else find_check(requirement.check)
     result = check(requirement, analysis)
     if not isinstance(result, CheckResult):

@@ -1,0 +1,15 @@
+"""Judges: models that look at an image and say how likely a statement about it is true, or that they cannot say.
+
+    >>> from rlhf_img.judges import Ask, JudgeConfig, open_judge
+    >>> judge = open_judge(JudgeConfig(url="http://localhost:8000/v1", model="Qwen/Qwen3-VL-8B-Instruct"))
+    >>> judge.ask([Ask(image=image, question="Is there a cat in the image?")])[0].p_yes  # doctest: +SKIP
+
+Nothing here imports torch or an HTTP client before a judge that needs it is opened.
+"""
+
+from rlhf_img.judges.canary import Canary
+from rlhf_img.judges.fake import FakeJudge
+from rlhf_img.judges.loading import open_judge
+from rlhf_img.judges.protocol import Answer, Ask, Judge, JudgeConfig, Message, Reply, Usage
+
+__all__ = ["Answer", "Ask", "Canary", "FakeJudge", "Judge", "JudgeConfig", "Message", "Reply", "Usage", "open_judge"]

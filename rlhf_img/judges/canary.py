@@ -1,0 +1,60 @@
+"""The canary: a few questions asked again and again, because a judge that changes moves every score."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rlhf_img.judges.protocol import Answer, Ask, Judge, Message, Reply, Usage
+
+log = logging.getLogger(__name__)
+
+SIZE = 16
+"""How many questions are kept."""
+TOLERANCE = 0.1
+"""Mean absolute change of P(yes) from which on it is logged as a warning."""
+
+
+class Canary:
+    """A judge that keeps its first answers and asks the same questions again after every `every` questions.
+
+    The mean absolute change of P(yes) since the first time goes to `usage.drift`.
+    """
+
+    def __init__(self, judge: Judge, *, every: int) -> None:
+        self._judge, self._every = judge, every
+        self._kept: list[tuple[Ask, float]] = []
+        self._since = 0
+
+    @property
+    def id(self) -> str:
+        return self._judge.id
+
+    @property
+    def usage(self) -> Usage:
+        return self._judge.usage
+
+    def ask(self, asks: Sequence[Ask]) -> list[Answer]:
+        answers = self._judge.ask(asks)
+        scored = [(a, b.p_yes) for a, b in zip(asks, answers, strict=True) if b.p_yes is not None]
+        self._kept += scored[: SIZE - len(self._kept)]
+        self._since += len(asks)
+        if self._since >= self._every:
+            self._since = 0
+            self._ask_again()
+        return answers
+
+    def chat(self, conversations: Sequence[Sequence[Message]], schema: Mapping[str, Any]) -> list[Reply]:
+        return self._judge.chat(conversations, schema)
+
+    def _ask_again(self) -> None:
+        now = self._judge.ask([ask for ask, _ in self._kept])
+        changes = [abs(a.p_yes - before) for a, (_, before) in zip(now, self._kept, strict=True) if a.p_yes is not None]
+        if not changes:
+            return
+        drift = sum(changes) / len(changes)
+        self.usage.drift.append(drift)
+        if drift > TOLERANCE:
+            log.warning(
+                "judge %s: P(yes) of %d canary questions has changed by %.2f on average since the start; scores "
+                "from then and now are not comparable", self.id, len(changes), drift,
+            )  # fmt: skip
