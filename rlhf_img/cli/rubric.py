@@ -2,8 +2,9 @@
 
 import dataclasses
 import json
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -33,15 +34,38 @@ def decompose(
         Path | None, typer.Option("--prompts", help="A text file with one prompt a line.", metavar="FILE")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Write the YAML here rather than to the terminal.")] = None,
+    decomposer: Annotated[
+        Literal["grammar", "llm"], typer.Option(help="A grammar, at once and without a model; or a language model.")
+    ] = "grammar",
+    judge_url: Annotated[
+        str | None, typer.Option(help="The model's OpenAI-compatible server, such as http://localhost:8000/v1.")
+    ] = None,
+    judge_model: Annotated[
+        str | None, typer.Option(help="The model that llm asks; without --judge-url it runs in this process.")
+    ] = None,
+    judge_key_env: Annotated[
+        str | None, typer.Option(help="The environment variable with the server's key.", metavar="NAME")
+    ] = None,
+    cache: Annotated[
+        Path | None, typer.Option(help="A folder with a file for each prompt; files that you edit win.", metavar="DIR")
+    ] = None,
 ) -> None:
     """Turn prompts into rubrics (YAML). Words that no requirement covers are printed to stderr.
 
     Example: rlhf-img rubric decompose "two red circles left of a blue star on grey" --out rubric.yaml
+
+    Example: rlhf-img rubric decompose --prompts prompts.txt --decomposer llm --judge-url http://localhost:8000/v1
+    --judge-model Qwen/Qwen3-VL-8B-Instruct --cache rubrics-of-prompts --out rubrics.yaml
     """
     texts = [*(prompts or []), *(_read_prompts(prompts_file) if prompts_file else [])]
     if not texts:
         raise RlhfImgError("no prompt was given; expected one or more in quotes, or --prompts FILE")
-    found = [rubrics.decompose(text) for text in texts]
+    from rlhf_img.judges import JudgeConfig, open_judge
+
+    judge = None
+    if judge_model is not None:
+        judge = open_judge(JudgeConfig(model=judge_model, url=judge_url, api_key_env=judge_key_env))
+    found = rubrics.decompose_all(texts, decomposer, judge=judge, cache=cache, say=partial(typer.echo, err=True))
     for text, result in zip(texts, found, strict=True):
         if result.uncovered:
             typer.echo(f"not covered in {text!r}: {', '.join(result.uncovered)}", err=True)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rlhf_img.rubrics.checks import Check, CheckResult, find_check
+    from rlhf_img.rubrics.decomposers import decompose_all
     from rlhf_img.rubrics.files import Finding, dump_rubrics, load_rubrics, parse_rubrics
     from rlhf_img.rubrics.grammar import Decomposition, decompose
     from rlhf_img.rubrics.linter import lint
@@ -31,6 +32,7 @@ _HOME = {
     "find_check": "checks",
     "Decomposition": "grammar",
     "decompose": "grammar",
+    "decompose_all": "decomposers",
     "lint": "linter",
     "Aggregate": "schema",
     "Gate": "schema",
@@ -65,6 +67,7 @@ __all__ = [
     "Thing",
     "analyze",
     "decompose",
+    "decompose_all",
     "dump_rubrics",
     "find_check",
     "lint",
