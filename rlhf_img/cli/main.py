@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from rlhf_img import __version__
-from rlhf_img.cli import align, look, playground, report, reward, rubric
+from rlhf_img.cli import align, doctor, look, playground, report, reward, rubric
 from rlhf_img.errors import RlhfImgError
 
 app = typer.Typer(
@@ -31,6 +31,7 @@ app.command("grpo")(align.grpo)
 app.command("sample")(look.sample)
 app.command("eval")(look.evaluate)
 app.command("report")(report.report)
+app.command("doctor")(doctor.doctor)
 app.add_typer(rubric.app, name="rubric")
 app.add_typer(reward.app, name="reward")
 app.add_typer(playground.app, name="playground")

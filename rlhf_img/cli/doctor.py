@@ -1,0 +1,163 @@
+"""`rlhf-img doctor`: what this machine can do, and how good and how fast a judge is."""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from rlhf_img.config import versions
+from rlhf_img.errors import RlhfImgError
+
+if TYPE_CHECKING:
+    from rlhf_img.judges import Ask, Judge
+
+EXTRAS = {"ocr": ("rapidocr", "onnxruntime"), "judge": ("httpx", "tenacity")}
+REPEATED, REPEATS = 8, 5
+"""How many questions are asked how often to see the judge's noise."""
+VOTES = 8
+"""Samples for P(yes) from a server that gives no token probabilities."""
+
+
+def doctor(
+    judge_url: Annotated[
+        str | None, typer.Option(help="The judge's OpenAI-compatible server, such as http://localhost:8000/v1.")
+    ] = None,
+    judge_model: Annotated[
+        str | None, typer.Option(help="The judge's model; without --judge-url it runs in this process.")
+    ] = None,
+    judge_key_env: Annotated[
+        str | None, typer.Option(help="The environment variable with the server's key.", metavar="NAME")
+    ] = None,
+    images: Annotated[int, typer.Option(help="How many rendered images the judge is asked about.", min=1)] = 32,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say what this machine can do and, with a judge, measure it: speed, noise, and agreement with the exact checks.
+
+    Example: rlhf-img doctor --judge-url http://localhost:8000/v1 --judge-model Qwen/Qwen3-VL-8B-Instruct
+    """
+    if judge_url is not None and judge_model is None:
+        raise RlhfImgError("--judge-url needs --judge-model: the name that the server gives its model")
+    found = {"machine": _machine()}
+    if judge_model is not None:
+        found["judge"] = _judge(judge_model, judge_url, judge_key_env, images)
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+        return
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    for title, rows in found.items():
+        table = Table(title=title, title_justify="left", show_header=False)
+        for key, value in rows.items():
+            table.add_row(key.replace("_", " "), escape(_text(value)))
+        Console().print(table)
+
+
+def _text(value: Any) -> str:
+    match value:
+        case dict():
+            return "\n".join(f"{key}: {_text(inner)}" for key, inner in value.items()) or "none"
+        case bool():
+            return "yes" if value else "no"
+        case float():
+            return f"{value:.3g}"
+    return "unknown" if value is None else str(value)
+
+
+def _machine() -> dict[str, Any]:
+    known = versions()
+    gpus = known["hardware"].split(", ")[1:]
+    result = {
+        "cores": len(os.sched_getaffinity(0)) if platform.system() == "Linux" else os.cpu_count(),
+        "memory_gib": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30,
+        "gpu": ", ".join(gpus) or "none",
+    }
+    if gpus:
+        import torch
+
+        result["torch_sees_the_gpu"] = torch.cuda.is_available()
+    extras = {name: all(importlib.util.find_spec(m) for m in modules) for name, modules in EXTRAS.items()}
+    return result | {"extras": extras, "versions": known}
+
+
+def _judge(model: str, url: str | None, key_env: str | None, images: int) -> dict[str, Any]:
+    import numpy as np
+
+    questions = _questions(images)
+    asks = [ask for ask, _ in questions]
+    judge = _opened(model, url, key_env, asks[0])
+    began = time.perf_counter()
+    answers = judge.ask(asks)
+    wall = time.perf_counter() - began
+    seconds = [a.seconds for a in answers]
+    told = [(truth, a.p_yes >= 0.5) for a, (_, truth) in zip(answers, questions, strict=True) if a.p_yes is not None]
+    return {
+        "id": judge.id,
+        "p_yes_from_token_probabilities": "votes" not in judge.id,
+        "asked": len(asks),
+        "answered": len(told),
+        "latency_p50_s": float(np.percentile(seconds, 50)),
+        "latency_p95_s": float(np.percentile(seconds, 95)),
+        "questions_per_s": len(asks) / wall,
+        "repeat_noise": _noise(judge, asks[:REPEATED]),
+        "agreement_where_yes_is_right": _mean([said for truth, said in told if truth]),
+        "agreement_where_no_is_right": _mean([not said for truth, said in told if not truth]),
+        "retries": judge.usage.retries,
+        "failures": dict(judge.usage.reasons),
+    }
+
+
+def _opened(model: str, url: str | None, key_env: str | None, ask: "Ask") -> "Judge":
+    """The judge, with votes if its server gives no token probabilities. Raises RlhfImgError if it does not answer."""
+    from rlhf_img.judges import JudgeConfig, open_judge
+
+    # The doctor counts failures rather than stop at them.
+    config = JudgeConfig(model=model, url=url, api_key_env=key_env, max_failed=1.0, canary_every=0)
+    for one in (config, dataclasses.replace(config, votes=VOTES)):
+        judge = open_judge(one)
+        (answer,) = judge.ask([ask])
+        if answer.p_yes is not None:
+            return judge
+        if "votes" not in str(answer.reason):
+            break
+    raise RlhfImgError(f"the judge {model} does not answer: {answer.reason}")
+
+
+def _questions(images: int) -> "list[tuple[Ask, bool]]":
+    """Questions about rendered images, with the truth that the exact checks know. Half of the captions that they come
+    from are wrong in one fact, so that no is the right answer too."""
+    from rlhf_img.judges import Ask
+    from rlhf_img.playground.data import example
+    from rlhf_img.rubrics import decompose, score
+    from rlhf_img.rubrics.questions import question_of
+
+    questions = []
+    for seed in range(images):
+        shown = example(seed, wrong_captions=0.5)
+        rubric = decompose(shown.caption).rubric
+        passed = {r.id: r.passed for r in score(rubric, shown.image).requirements}
+        for r in rubric.requirements:
+            question, verdict = question_of(r), passed[r.id]
+            # What needs a thing that is not there has no right answer.
+            if question is not None and verdict is not None and all(passed[need] for need in r.needs):
+                questions.append((Ask(image=shown.image, question=question), verdict == (r.expect == "present")))
+    return questions
+
+
+def _noise(judge: "Judge", asks: "list[Ask]") -> float | None:
+    """The mean over questions of the standard deviation of P(yes) over repeats."""
+    answers = judge.ask(asks * REPEATS)
+    repeated = [[a.p_yes for a in answers[i :: len(asks)] if a.p_yes is not None] for i in range(len(asks))]
+    return _mean([statistics.pstdev(values) for values in repeated if len(values) > 1])
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return statistics.fmean(values) if values else None
