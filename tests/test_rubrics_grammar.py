@@ -71,12 +71,11 @@ def test_the_example_of_the_format():
 @pytest.mark.parametrize(
     ("prompt", "uncovered"),
     [
-        ("a cat sitting on a mat", ("sitting", "on")),
-        ("a red and blue flag", ("red", "and", "blue")),
+        ("a cat, quickly", ("quickly",)),
         ("grey", ("grey",)),
         ("a photo of", ()),
         ("", ()),
-        ("quickly!", ()),
+        ("quickly!", ("quickly",)),
     ],
 )
 def test_what_is_not_understood_is_said(prompt, uncovered):

@@ -9,7 +9,9 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from rlhf_img.rubrics import lexicon
-from rlhf_img.rubrics.parser import Group, Parse, parse_prompt
+from rlhf_img.rubrics.found import Parse
+from rlhf_img.rubrics.parser import parse_prompt
+from rlhf_img.rubrics.reading import Group
 from rlhf_img.rubrics.schema import Requirement, Rubric, Source
 
 
@@ -41,48 +43,90 @@ def _requirements(parse: Parse) -> list[Requirement]:
     groups = _merge_equal(parse)
     handles = _handles(groups)
     ids = _Ids()
-    result: list[Requirement] = []
     objects: dict[str, str] = {}
-    for group, handle in zip(groups, handles, strict=True):
+    result: list[Requirement] = []
+    for place, (group, handle) in enumerate(zip(groups, handles, strict=True)):
         if handle in objects:
             continue
+        objects[handle] = ids.new("no", handle) if group.absent else ids.new(handle)
         if group.absent:
-            result.append(Requirement(id=ids.new("no", handle), check="object", target=handle, expect="absent"))
-            continue
-        objects[handle] = ids.new(handle)
-        needs = (objects[handle],)
-        result.append(Requirement(id=objects[handle], check="object", target=handle))
-        if group.count is not None:
-            equals = group.count
-            result.append(
-                Requirement(id=ids.new(handle, "count"), check="count", target=handle, equals=equals, needs=needs)
-            )
-        for check, value in (("color", group.color), ("size", group.size)):
-            if value is not None and value not in handle.split(" "):
-                result.append(
-                    Requirement(id=ids.new(handle, value), check=check, target=handle, equals=value, needs=needs)
-                )
+            result.append(Requirement(id=objects[handle], check="object", target=handle, expect="absent"))
+        else:
+            result += _group_requirements(group, handle, place in parse.plural, objects[handle], ids)
     result += _relation_requirements(parse, handles, objects, ids)
-    for bearer, text in parse.texts:
+    for bearer, text in dict.fromkeys(parse.texts):
         target = handles[bearer] if bearer is not None else None
-        name = ids.new("text", text)
-        on = (objects[target],) if target in objects else ()
-        result.append(Requirement(id=name, check="text", target=target, equals=text, needs=on))
+        on = (objects[target],) if target is not None else ()
+        result.append(Requirement(id=ids.new("text", text), check="text", target=target, equals=text, needs=on))
     if parse.background:
         result.append(Requirement(id=ids.new("background"), check="background", equals=parse.background))
     for style, wanted in parse.styles.items():
-        name, permits = ids.new(style), lexicon.STYLES[style].permits
-        if wanted:
-            result.append(Requirement(id=name, check="style", equals=style, permits=permits))
-        else:
-            result.append(Requirement(id=name, check="style", equals=style, expect="absent"))
-    return result
+        expect, permits = ("present", _permits(style)) if wanted else ("absent", ())
+        result.append(
+            Requirement(id=ids.new(style), check="style", equals=style, expect=expect, permits=permits)  # type: ignore[arg-type]
+        )
+    return [*result, *_question_requirements(parse, groups, handles, objects, ids)]
+
+
+def _group_requirements(group: Group, handle: str, plural: bool, name: str, ids: "_Ids") -> Iterable[Requirement]:
+    """That a group is there, its number, and each of its attributes that its handle does not say."""
+    needs, said = (name,), f" {handle.removesuffix(group.noun)}"
+    yield Requirement(id=name, check="object", target=handle)
+    if group.count is not None:
+        yield Requirement(
+            id=ids.new(handle, "count"), check="count", target=handle, equals=group.count, needs=needs
+        )
+    for check, value in (("color", group.color), ("size", group.size)):
+        if value is not None and f" {value} " not in said:
+            yield Requirement(id=ids.new(handle, value), check=check, target=handle, equals=value, needs=needs)
+    for trait in group.traits:
+        if f" {trait} " not in said:
+            ask = _ask(group, handle, plural, trait)
+            yield Requirement(
+                id=ids.new(handle, trait), check="vqa", target=handle, ask=ask, needs=needs, permits=_permits(trait)
+            )
+
+
+def _ask(group: Group, handle: str, plural: bool, says: str) -> str:
+    """A question about a group, such as "Are the red cats sleeping?"."""
+    if says in lexicon.MATERIALS:
+        says = f"made of {lexicon.MATERIALS[says]}"
+    name = handle.removesuffix(group.noun) + (group.name or group.noun)
+    return f"{'Are' if plural else 'Is'} the {name} {says}?"
+
+
+def _permits(words: str) -> tuple[str, ...]:
+    """The artifact classes that a style, or words that ask for it, permit."""
+    return _PERMITS.get(words, ())
+
+
+_PERMITS = {
+    phrase: style.permits
+    for table in (lexicon.STYLES, lexicon.MEDIA)
+    for name, style in table.items()
+    for phrase in (name, *style.phrases)
+}
+
+
+def _question_requirements(
+    parse: Parse, groups: list[Group], handles: list[str], objects: Mapping[str, str], ids: "_Ids"
+) -> Iterable[Requirement]:
+    for question in dict.fromkeys(parse.questions):
+        target, needs, ask = None, (), question.says
+        if question.about is not None:
+            target = handles[question.about]
+            needs = (objects[target],)
+            if not ask.endswith("?"):
+                ask = _ask(groups[question.about], target, question.about in parse.plural, ask)
+        expect = "absent" if question.absent else "present"
+        name = ids.new(target or "", question.says)[:60]
+        yield Requirement(id=name, check="vqa", target=target, ask=ask, needs=needs, expect=expect)
 
 
 def _relation_requirements(
     parse: Parse, handles: list[str], objects: Mapping[str, str], ids: "_Ids"
 ) -> Iterable[Requirement]:
-    for subject, relation, other in parse.relations:
+    for subject, relation, other in dict.fromkeys(parse.relations):
         a, b = handles[subject], handles[other]
         needs = tuple(dict.fromkeys((objects[a], objects[b])))
         name = ids.new(a, relation, b)
@@ -110,11 +154,13 @@ def _handles(groups: list[Group]) -> list[str]:
     for group in groups:
         rivals = [g for g in groups if g.noun == group.noun and not g.absent]
         if group.absent or distinct([g.noun for g in rivals], rivals):
-            attributes = (group.size, group.color) if group.absent else ()
+            attributes = (group.size, group.color, *group.traits) if group.absent else ()
         elif distinct([f"{g.color}" for g in rivals], rivals):
             attributes = (group.color,)
-        else:
+        elif distinct([f"{g.size} {g.color}" for g in rivals], rivals):
             attributes = (group.size, group.color)
+        else:
+            attributes = (group.size, group.color, *group.traits)
         handles.append(" ".join([*(a for a in attributes if a), group.noun]))
     return handles
 

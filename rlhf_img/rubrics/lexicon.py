@@ -2,6 +2,11 @@
 
 from dataclasses import dataclass
 
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
 COLORS: dict[str, tuple[int, int, int]] = {
     "red": (214, 42, 40),
     "orange": (245, 130, 32),
@@ -34,7 +39,28 @@ FINE_COLORS: dict[str, tuple[int, int, int]] = {
 """Finer names: each also competes with the basic colours, save those that it shades into."""
 
 COLOR_SYNONYMS = {"gray": "grey", "violet": "purple", "aqua": "cyan", "scarlet": "red", "golden": "gold"}
+_OTHER_COLORS = """tan cream ivory burgundy lavender indigo khaki charcoal bronze copper coral emerald salmon mustard
+    fuchsia lilac mauve ochre blond blonde azure cerulean sepia"""
+COLOR_WORDS = frozenset((*COLORS, *FINE_COLORS, *COLOR_SYNONYMS, *_OTHER_COLORS.split()))
+"""Every word that is a colour in a prompt; the checks know only those with a value above."""
+SHADES = frozenset(_words("""
+    dark light bright pale deep vivid neon pastel hot sky royal navy olive forest lime baby jet
+"""))
+"""Words that make another colour of the colour after them."""
+COLORED_THINGS = frozenset(_words("orange lime olive violet bronze gold silver salmon coral"))
+"""Colours that are things where no noun follows ("an orange")."""
 NEUTRALS = ("white", "grey", "black")
+
+MATERIALS = {
+    **dict.fromkeys(("wood", "wooden"), "wood"),
+    **dict.fromkeys(("metal", "metallic"), "metal"),
+    **dict.fromkeys(("wool", "woolen", "woollen"), "wool"),
+    **{word: word for word in _words("""
+    glass plastic paper cardboard leather stone brick marble steel iron concrete ceramic porcelain clay silk
+    cotton velvet linen denim rubber aluminum bamboo wicker granite copper brass
+""")},
+}  # fmt: skip
+"""A word before a noun -> the material that it says the thing is made of."""
 
 SHAPE_SYNONYMS = {
     "disc": "circle",
@@ -44,31 +70,48 @@ SHAPE_SYNONYMS = {
     "plus sign": "cross",
     "plus": "cross",
 }
-NOUN_SYNONYMS = {**SHAPE_SYNONYMS, "people": "person", "persons": "person", "men": "man", "women": "woman"}
+NOUN_SYNONYMS = {**SHAPE_SYNONYMS, "people": "person", "persons": "person"}
 
 SIZES: dict[str, tuple[float, float]] = {"small": (0.0, 0.14), "medium": (0.14, 0.175), "large": (0.175, 1.0)}
 """Range of an object's nominal radius, as a fraction of the image side."""
-SIZE_SYNONYMS = {"tiny": "small", "little": "small", "big": "large", "huge": "large", "medium-sized": "medium"}
-
-_ONE_TO_TWELVE = "one two three four five six seven eight nine ten eleven twelve"
-NUMBERS = {word: n for n, word in enumerate(_ONE_TO_TWELVE.split(), start=1)} | {
-    "a": 1,
-    "an": 1,
-    "a single": 1,
-    "single": 1,
-    "a pair of": 2,
-    "pair of": 2,
-    "a couple of": 2,
-    "a dozen": 12,
+SIZE_SYNONYMS = {
+    **dict.fromkeys(("tiny", "little", "miniature"), "small"),
+    **dict.fromkeys(("big", "huge", "giant", "gigantic", "enormous", "massive"), "large"),
+    "medium-sized": "medium",
 }
 
+_ONE_TO_TWENTY = """one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen
+    seventeen eighteen nineteen twenty"""
+_TENS = "thirty forty fifty sixty seventy eighty ninety"
+NUMBERS = {
+    **{word: n for n, word in enumerate(_ONE_TO_TWENTY.split(), start=1)},
+    **{word: 10 * n for n, word in enumerate(_TENS.split(), start=3)},
+    **dict.fromkeys(("a", "an", "another", "a single", "single", "exactly one", "only one"), 1),
+    **dict.fromkeys(("a pair of", "pair of", "a couple of", "both"), 2),
+    **dict.fromkeys(("a trio of", "trio of"), 3),
+    **dict.fromkeys(("half a dozen", "a half dozen"), 6),
+    **dict.fromkeys(("a dozen", "one dozen"), 12),
+    "two dozen": 24,
+    "a hundred": 100,
+}
+QUANTITIES = frozenset((
+    "several", "many", "few", "a few", "multiple", "various", "numerous", "countless",
+    "some different", "several different", "many different",
+    *(f"{much} of" for much in ("dozens", "hundreds", "thousands", "lots", "a lot", "plenty", "a number", "a variety")),
+    *(f"{article} {word} of" for article in ("a", "the") for word in _words("""
+    group bunch herd flock crowd pile stack row line swarm cluster bouquet pack heap collection array assortment
+    handful set series
+""")),
+    *(f"{word} of" for word in _words("groups rows piles stacks crowds herds flocks")),
+))  # fmt: skip
+"""Amounts that are no number: "several", "a herd of"."""
+
+_SIDES = {f"{lead} {side} of": f"{side} of" for side in ("left", "right") for lead in ("to the", "on the", "at the")}
 RELATIONS = {
-    "to the left of": "left of",
+    **_SIDES,
+    **{f"{lead} {side} side of": f"{side} of" for side in ("left", "right") for lead in ("to the", "on the", "at the")},
     "left of": "left of",
-    "on the left of": "left of",
-    "to the right of": "right of",
     "right of": "right of",
-    "on the right of": "right of",
     "above": "above",
     "over": "above",
     "on top of": "above",
@@ -77,7 +120,42 @@ RELATIONS = {
     "underneath": "below",
     "beneath": "below",
 }
-"""Phrase -> the relation's name."""
+"""Phrase -> the relation's name, for the relations that the classical checks know."""
+_PLACES = "top bottom side back front edge end base foot center centre middle corner rear"
+OTHER_RELATIONS = {
+    **dict.fromkeys(("next to", "beside", "by", "adjacent to", "alongside", "by the side of"), "next to"),
+    **dict.fromkeys(("near", "close to", "nearby"), "near"),
+    **dict.fromkeys(("in front of", "at the front of"), "in front of"),
+    **dict.fromkeys(("behind", "in back of", "at the back of"), "behind"),
+    **dict.fromkeys(("on", "upon", "onto", "atop"), "on"),
+    **dict.fromkeys(("in", "within", "in the middle of", "in the center of", "in the centre of"), "in"),
+    **dict.fromkeys(("inside", "inside of"), "inside"),
+    **dict.fromkeys(("around", "all around"), "around"),
+    **dict.fromkeys(("toward", "towards"), "towards"),
+    **dict.fromkeys(("against", "set against", "leaning against"), "against"),
+    **{f"{lead} the {place} of": f"{lead} the {place} of" for lead in ("on", "at", "from")
+        for place in _words(_PLACES)},
+    **{word: word for word in _words("""
+    between among amid across along through into outside with of at from off opposite beyond past down up for
+    during amid amidst like
+""")},
+}  # fmt: skip
+"""The same for relations that only a judge can see."""
+POSITIONS = {
+    **{f"{lead} the {side}": f"on the {side}" for lead in ("on", "to", "at") for side in ("left", "right")},
+    **{f"{lead} the {side} side": f"on the {side}" for lead in ("on", "to", "at") for side in ("left", "right")},
+    **{f"{lead} the {end}": f"at the {end}" for lead in ("on", "at") for end in ("top", "bottom")},
+    **{f"in the {place}": f"in the {place}" for place in
+        _words("""
+    background foreground distance center centre middle corner front back air sky
+""")},
+    **{word: word for word in ["in midair", "outside", "indoors", "outdoors", "nearby"]},
+    "in the top left": "in the top left",
+    "in the top right": "in the top right",
+    "in the bottom left": "in the bottom left",
+    "in the bottom right": "in the bottom right",
+}  # fmt: skip
+"""Places in the picture: phrase -> what is asked ("Is the cat on the left?")."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -110,24 +188,139 @@ STYLES: dict[str, Style] = {
     ),
 }
 
-LEAD_INS = tuple(
-    f"{article} {noun} of"
-    for article in ("a", "an", "the")
-    for noun in ("picture", "image", "photo", "photograph", "drawing", "illustration", "painting", "rendering")
-)
-NEGATIONS = ("without any", "without", "no", "not any", "with no")
-BACKGROUND_LEADS = ("on", "against", "in front of", "with", "over")
-BACKGROUND_NOUNS = ("background", "backdrop")
-TEXT_NOUNS = ("word", "words", "text", "letters", "caption", "title")
-TEXT_VERBS = ("that reads", "that says", "reading", "saying", "labelled", "labeled", "spelling", "with")
 
-_STOP_WORDS = """a an the and or nor but of in on at to by for from with without no not is are was were be being been
-    it its this that these those there their his her as into onto over under above below beneath against next near
-    beside behind between around through across while who which some any all each every both other another than then
-    very has have having facing front inside outside left right top bottom"""
-STOP_WORDS = frozenset(_STOP_WORDS.split())
-"""Words that end a noun phrase and are never a noun."""
+_MEDIA: dict[str, tuple[str, ...]] = {
+    "watercolor": ("watercolor", "watercolour", "watercolor painting", "watercolour painting"),
+    "oil painting": ("oil painting", "oil on canvas"),
+    "sketch": ("sketch", "pencil sketch", "pencil drawing", "charcoal drawing", "line art", "line drawing"),
+    "hand drawn": ("hand drawn", "hand-drawn"),
+    "pixel art": ("pixel art", "pixelated", "8-bit"),
+    "black and white": ("black and white photo", "black and white photograph", "black-and-white", "monochrome"),
+    "anime": ("anime", "anime style", "manga"),
+    "cartoon": ("cartoon", "cartoon style", "comic book style"),
+    "digital art": ("digital art", "digital painting", "digital illustration"),
+    "3d render": ("3d render", "3d rendering", "octane render", "unreal engine", "cgi"),
+    "photorealistic": ("photorealistic", "photo-realistic", "hyperrealistic", "hyper realistic", "ultra realistic"),
+    "cinematic": ("cinematic", "cinematic style", "film still"),
+    "bokeh": ("bokeh", "shallow depth of field", "depth of field"),
+    "motion blur": ("motion blur", "long exposure"),
+    "glitch": ("glitch art", "glitch"),
+    "collage": ("collage",),
+    "concept art": ("concept art",),
+    "low poly": ("low poly", "low-poly"),
+    "vector art": ("vector art", "vector illustration", "vector graphic", "flat design"),
+    "line art": ("line art", "line drawing"),
+    "minimalist": ("minimalist", "minimalistic", "minimalism"),
+    "impressionist": ("impressionist", "impressionism"),
+    "cubist": ("cubist", "cubism"),
+    "surrealist": ("surrealist", "surrealism", "surreal"),
+    "art deco": ("art deco",),
+    "pop art": ("pop art",),
+    "cyberpunk": ("cyberpunk style",),
+    "macro": ("macro photography", "macro shot", "macro photo"),
+}
+_MEDIA_PERMITS: dict[str, tuple[str, ...]] = {
+    "watercolor": ("watercolor", "blur"),
+    "sketch": ("sketch",),
+    "hand drawn": ("hand drawn",),
+    "bokeh": ("blur",),
+    "motion blur": ("blur",),
+    "macro": ("blur",),
+    "glitch": ("glitch",),
+    "collage": ("collage",),
+    "pixel art": ("grid",),
+}
+MEDIA: dict[str, Style] = {
+    name: Style(phrases=phrases, permits=_MEDIA_PERMITS.get(name, ())) for name, phrases in _MEDIA.items()
+}
+"""Styles that only a judge can see."""
+MEDIUM_NOUNS = frozenset(_words("""
+    picture image photo photograph drawing illustration painting rendering render sketch portrait shot close-up
+    closeup view artwork art depiction scene photography still snapshot mural cartoon
+"""))
+"""Nouns that name the picture itself where they lead a prompt ("an oil painting of") or stand alone ("digital art")."""
+NEUTRAL_MEDIA = frozenset(_words("picture image photo photograph depiction scene view shot rendering"))
+"""Those of them that ask for nothing by themselves."""
+LOOK_NOUNS = frozenset(_words("""
+    lighting light atmosphere mood vibe feel feeling ambiance ambience tone style palette color colour detail
+    resolution quality composition perspective angle focus depth texture contrast aesthetic glow theme exposure
+    reflection
+"""))
+"""Nouns of what a picture has, which is no object in it."""
+TIMES = frozenset(_words("""
+    night dusk dawn sunset sunrise day daytime noon midnight twilight nighttime evening morning afternoon winter
+    summer autumn spring
+"""))
+"""Times that light a picture ("at night")."""
+FRAMES = frozenset((
+    "there is", "there are", "there was", "there were", "here is", "here are", "this is", "these are", "you can see",
+    *(f"{start}{who} can see" for start in ("", "in this image ", "in this picture ", "in this image , ",
+        "in this picture , ", "in the image ", "in the picture ", "here ") for who in ("we", "i", "you")),
+    *(f"in {this} {image}" for this in ("this", "the") for image in ("image", "picture", "photo", "scene")),
+    *(f"{this} {image} {shows}" for this in ("this", "the") for image in ("image", "picture", "photo", "scene")
+        for shows in ("shows", "depicts", "contains", "features", "consists of", "is of")),
+))  # fmt: skip
+"""Phrases that only say that there is a picture."""
+
+NEGATIONS = (
+    "without any", "without", "no", "not any", "with no", "has no", "have no", "there is no", "there are no", "and no",
+    "but no", "free of", "devoid of", "empty of", "without a", "without an", "not a",
+)  # fmt: skip
+BACKGROUND_LEADS = ("on", "against", "in front of", "with", "over", "set against", "set on", "isolated on")
+BACKGROUND_NOUNS = ("background", "backdrop")
+TEXT_NOUNS = frozenset(_words("""
+    word words text letters caption title phrase message inscription slogan headline
+"""))
+TEXT_VERBS = frozenset((
+    *(f"{that}{verb}" for verb in ("reads", "says", "states", "warns", "spells", "displays", "shows")
+        for that in ("", "that ", "which ")),
+    *(f"{how}{verb}" for verb in _words("""
+    reading saying stating labelled labeled spelling titled entitled named called marked engraved inscribed
+    printed displaying showing captioned written stamped
+""")
+        for how in ("", "clearly ", "prominently ", "boldly ", "is ", "are ")),
+    "with", "that is labelled", "that is labeled",
+))  # fmt: skip
+TEXT_BEARERS = frozenset(_words("""
+    sign signboard billboard poster banner label shirt t-shirt tee hoodie cap hat mug cup book cover screen
+    display board chalkboard whiteboard blackboard plaque placard sticker tag card note letter page newspaper
+    magazine menu logo badge patch flag wall door window box bottle can cake tattoo ticket package packaging
+    plate bubble notification storefront awning scroll gravestone tombstone headstone jersey license envelope
+    graffiti marquee certificate stamp
+"""))
+"""Nouns that usually bear the quoted words of their sentence."""
+
+COPULAS = frozenset(_words("is are was were be being been 's 're"))
+AUXILIARIES = frozenset(_words("""
+    has have had does do did can could will would may might must should
+"""))
+PRONOUNS = frozenset(_words("""
+    it they he she them him her itself themselves himself herself this these that those who which
+"""))
+DETERMINERS = frozenset(_words("""
+    some the this that these those its his her their my your our each every all any
+"""))
+SILENT = frozenset(_words("""
+    a an the and or nor but it its this that these those there their his her is are was were be being been while
+    as who which of with at by to
+"""))
+"""Words that ask for nothing by themselves."""
+SIDES = frozenset(_words("left right front back top bottom side"))
+"""Words that go with the noun after them ("left arm"), though they can be other parts of speech."""
+GERUND_MODIFIERS = frozenset(_words("""
+    dining parking washing swimming running baking cutting vending sewing frying rocking ironing fishing hunting
+    shopping cooking wedding shipping chewing knitting training mixing measuring rolling boxing racing gaming
+"""))
+"""Words in -ing that name what the noun after them is for; others say what it does."""
+COMPOUNDS = frozenset((
+    "hot dog", "potted plant", "polar bear", "grizzly bear", "wild boar", "french fries",
+    "ice cream", "swiss army knife", "guinea pig", "stuffed animal", "stuffed toy", "mobile phone", "high heel",
+    "high heels", "green tea", "black hole", "red panda", "golden retriever", "great dane",
+    "electric guitar", "acoustic guitar", "medical mask", "solar panel", "red carpet", "fast food",
+    "christmas tree", "paper clip", "paper towel", "toilet paper", "stained glass", "orange juice",
+    "rubber duck", "grand piano", "soft drink",
+))  # fmt: skip
+"""Adjective and noun that name one kind of thing."""
 
 _NOUNS_IN_ING = "ring king wing string spring building painting ceiling earring clothing drawing"
 NOUNS_IN_ING = frozenset(_NOUNS_IN_ING.split())
-"""Nouns that look like verbs; other words in -ing end a noun phrase."""

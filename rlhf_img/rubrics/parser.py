@@ -1,298 +1,236 @@
-"""Reading a prompt from left to right: clauses of the lexicon's phrases become groups, relations, texts and styles."""
+"""Reading a prompt from left to right: clauses become groups, relations, texts, styles and questions.
 
-import re
-from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
-from functools import cache, lru_cache
+Each rule reads one clause where the reader stands, or nothing. Rules on what is said of a thing are in `predicates`.
+"""
 
-import inflect
+from dataclasses import replace
 
-from rlhf_img.rubrics import lexicon
+from rlhf_img.rubrics import lexicon, predicates
+from rlhf_img.rubrics.found import Parse, Question
+from rlhf_img.rubrics.reading import Phrases, noun_phrase
+from rlhf_img.rubrics.words import Part
 
-_TOKEN = re.compile(r'"(?P<quoted>[^"]*)"|(?P<word>[^\W_]+(?:[-\'’][^\W_]+)*)|(?P<mark>[,;.:!?()])|(?P<other>\S)')
-_QUOTES = str.maketrans({"“": '"', "”": '"', "„": '"', "«": '"', "»": '"'})
-_COLOR_WORDS = {*lexicon.COLORS, *lexicon.FINE_COLORS, *lexicon.COLOR_SYNONYMS}
-_SIZE_WORDS = {*lexicon.SIZES, *lexicon.SIZE_SYNONYMS}
-_STYLE_PHRASES = {phrase: name for name, style in lexicon.STYLES.items() for phrase in style.phrases}
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Token:
-    text: str
-    quoted: bool = False
-    mark: bool = False
-
-    @property
-    def word(self) -> str:
-        return "" if self.quoted or self.mark else self.text.lower()
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Group:
-    """A counted noun phrase; `noun` is singular, `count` None if the prompt does not say."""
-
-    noun: str
-    count: int | None = None
-    color: str | None = None
-    size: str | None = None
-    absent: bool = False
-
-
-@dataclass(kw_only=True)
-class Parse:
-    """What was found so far. Groups are referred to by their place in `groups`."""
-
-    tokens: list[_Token]
-    at: int = 0
-    groups: list[Group] = field(default_factory=list)
-    relations: list[tuple[int, str, int]] = field(default_factory=list)
-    texts: list[tuple[int | None, str]] = field(default_factory=list)
-    styles: dict[str, bool] = field(default_factory=dict)
-    background: str | None = None
-    uncovered: list[str] = field(default_factory=list)
-    subject: int | None = None
-
-    def match(self, phrases: Iterable[str]) -> str | None:
-        """The longest of the phrases that starts here, lower-case; None if none does."""
-        best = None
-        for phrase in phrases:
-            if (best is None or len(phrase) > len(best)) and self._starts(phrase):
-                best = phrase
-        return best
-
-    def _starts(self, phrase: str) -> bool:
-        words = phrase.split(" ")
-        tokens = self.tokens[self.at : self.at + len(words)]
-        return len(tokens) == len(words) and all(t.word == w for t, w in zip(tokens, words, strict=True))
-
-    def take(self, phrase: str) -> None:
-        self.at += phrase.count(" ") + 1
-
-    @property
-    def here(self) -> _Token | None:
-        return self.tokens[self.at] if self.at < len(self.tokens) else None
+_STYLES = {**lexicon.STYLES, **lexicon.MEDIA}
+_STYLE_OF = {phrase: name for name, style in _STYLES.items() for phrase in style.phrases}
+_STYLE_PHRASES = Phrases(_STYLE_OF)
+_LOOKS = {phrase for style in lexicon.STYLES.values() for phrase in style.phrases}
+_STYLE_LEADS = Phrases(("with a", "with", "in a", "in", "a"))
+_ARTICLES = Phrases(("a", "an", "the", "a plain", "plain"))
+_RELATION_OF = {**lexicon.RELATIONS, **lexicon.OTHER_RELATIONS}
+_POSITIONS = Phrases(lexicon.POSITIONS)
+_NEGATIONS = Phrases(lexicon.NEGATIONS)
+_OR = Phrases(("or", "nor", "and no", "or any"))
+_FRAMES = Phrases(lexicon.FRAMES)
+_TEXT_VERBS = Phrases(lexicon.TEXT_VERBS)
+_BACKGROUND_LEADS = Phrases(lexicon.BACKGROUND_LEADS)
+_IN_STYLE = Phrases(("in the style of", "in style of", "style of", "inspired by"))
+_QUALITIES = (Part.ADJECTIVE, Part.PAST, Part.ING)
 
 
 def parse_prompt(prompt: str) -> Parse:
     """What the prompt says, clause by clause; what no rule reads is in `uncovered`."""
-    parse = Parse(tokens=_tokenize(prompt))
-    if lead := parse.match(lexicon.LEAD_INS):
-        parse.take(lead)
-    while parse.here is not None:
-        if not any(rule(parse) for rule in _RULES):
+    parse = Parse(prompt)
+    while not parse.ended:
+        start = parse.at
+        for rule in _RULES:
+            if rule(parse):
+                break
+            parse.at = start
+        else:
             _leave(parse)
     return parse
 
 
-def _tokenize(prompt: str) -> list[_Token]:
-    tokens = []
-    for match in _TOKEN.finditer(prompt.translate(_QUOTES)):
-        quoted = match["quoted"]
-        tokens.append(
-            _Token(text=quoted if quoted is not None else match[0], quoted=quoted is not None, mark=bool(match["mark"]))
-        )
-    return tokens
-
-
 def _leave(parse: Parse) -> None:
     """Pass over one token that no rule reads; only words that join or close a phrase mean nothing by themselves."""
-    token = parse.here
-    assert token is not None
-    if not token.mark and token.word not in ("and", "a", "an", "the"):
+    token = parse.tokens[parse.at]
+    if token.part is Part.MARK:
+        parse.pending = []
+        parse.subjects = parse.topic
+        if token.text != ",":
+            parse.topic, parse.sentence = [], len(parse.groups)
+    elif token.word in lexicon.PRONOUNS:
+        if token.word not in ("which", "that", "who"):
+            parse.subjects = parse.topic = parse.topic or parse.subjects
+    elif token.word not in lexicon.SILENT:
         parse.uncovered.append(token.text)
-    if token.mark:
-        parse.subject = None
     parse.at += 1
 
 
-def _style(parse: Parse) -> bool:
-    start = parse.at
-    absent = parse.match(lexicon.NEGATIONS)
-    lead = absent or parse.match(("with a", "with", "in a", "in", "a"))
-    if lead:
-        parse.take(lead)
-    phrase = parse.match(_STYLE_PHRASES)
-    if phrase is None:
-        parse.at = start
+def _frame(parse: Parse) -> bool:
+    if parse.accept(_FRAMES) is None:
         return False
-    parse.take(phrase)
-    parse.styles[_STYLE_PHRASES[phrase]] = absent is None
+    parse.subjects = parse.topic = []
+    return True
+
+
+def _style(parse: Parse) -> bool:
+    absent = parse.accept(_NEGATIONS)
+    if parse.accept(_IN_STYLE):
+        start = parse.at
+        while not parse.ended and not parse.ends():
+            parse.at += 1
+        parse.styles[" ".join(t.text for t in parse.tokens[start : parse.at]).lower()] = not absent
+        return parse.at > start
+    if not absent:
+        parse.accept(_STYLE_LEADS)
+    phrase = parse.accept(_STYLE_PHRASES)
+    if phrase is None:
+        return False
+    follows = parse.part(parse.at)
+    if phrase in _LOOKS and follows in (Part.NOUN, Part.PLURAL):
+        return False  # it speaks of that noun, not of the picture
+    if _STYLE_OF[phrase] in lexicon.MEDIA and parse.words[parse.at : parse.at + 1] in (["on"], ["in"], ["above"]):
+        return False  # "a watercolor on the wall" is a thing
+    parse.styles[_STYLE_OF[phrase]] = absent is None
+    parse.accept_word(("style", "of", "photo", "photograph", "image", "picture"))
     return True
 
 
 def _background(parse: Parse) -> bool:
     """ "on grey", "against a grey background", "grey background"; "on a grey box" is something else."""
-    start = parse.at
-    lead = parse.match(lexicon.BACKGROUND_LEADS)
-    if lead:
-        parse.take(lead)
-    if article := parse.match(("a", "an", "the", "a plain", "plain")):
-        parse.take(article)
-    color = parse.match(_COLOR_WORDS)
-    if color and parse.background is None:
-        parse.take(color)
-        noun = parse.match(lexicon.BACKGROUND_NOUNS)
-        ends = parse.here is None or parse.here.mark or parse.here.word in lexicon.STOP_WORDS
-        if noun or (lead in ("on", "against") and not article and ends):
-            if noun:
-                parse.take(noun)
-            parse.background = _color(color)
-            return True
-    parse.at = start
-    return False
-
-
-def _text(parse: Parse) -> bool:
-    """Quoted words, with the word "word" or a verb such as "reading" before them, which names their bearer."""
-    start = parse.at
-    verb = parse.match(lexicon.TEXT_VERBS)
-    if verb:
-        parse.take(verb)
-    if article := parse.match(("the", "a", "an")):
-        parse.take(article)
-    noun = parse.match(lexicon.TEXT_NOUNS)
-    if noun:
-        parse.take(noun)
-    if parse.here is None or not parse.here.quoted or not parse.here.text.strip():
-        parse.at = start
+    if parse.background is not None:
         return False
-    bearer = len(parse.groups) - 1 if verb and not noun and parse.groups else None
-    parse.texts.append((bearer, parse.here.text))
-    parse.at += 1
+    lead = parse.accept(_BACKGROUND_LEADS)
+    article = parse.accept(_ARTICLES)
+    color = parse.accept_word(lexicon.COLOR_WORDS)
+    if color is None:
+        return False
+    noun = parse.accept_word(lexicon.BACKGROUND_NOUNS)
+    ends = parse.ended or parse.part(parse.at) is Part.MARK or parse.words[parse.at] in _ENDS_A_COLOR
+    if not noun and not (lead in ("on", "against") and not article and ends):
+        return False
+    parse.background = lexicon.COLOR_SYNONYMS.get(color, color)
     return True
 
 
-def _negation(parse: Parse) -> bool:
+_ENDS_A_COLOR = lexicon.SILENT | _RELATION_OF.keys()
+
+
+def _text(parse: Parse) -> bool:
+    """Quoted words; a verb such as "reading" or a noun such as "word" may stand before them."""
     start = parse.at
-    phrase = parse.match(lexicon.NEGATIONS)
-    if phrase is None:
+    if not parse.quote_within(_REACH):
         return False
-    parse.take(phrase)
+    verb = parse.accept(_TEXT_VERBS)
+    parse.accept_word(lexicon.DETERMINERS | {"a", "an"})
+    while parse.part(parse.at) in (Part.ADJECTIVE, Part.NOUN) and parse.words[parse.at] not in lexicon.TEXT_NOUNS:
+        parse.at += 1
+    noun = parse.accept_word(lexicon.TEXT_NOUNS)
+    while noun and parse.accept_word(lexicon.TEXT_NOUNS):
+        pass
+    if (not noun and not verb and parse.at > start) or parse.ended:
+        return False
+    if parse.tokens[parse.at].text in (",", ":"):
+        parse.at += 1
+    if parse.part(parse.at) is not Part.QUOTE:
+        return False
+    if not noun and parse.part(parse.at + 1) in (Part.NOUN, Part.PLURAL) and _phrase_with_quote(parse, parse.at):
+        return False  # 'an "OPEN" sign' is a noun phrase
+    text = parse.tokens[parse.at].text.removesuffix(",")
+    alone = not verb and (parse.part(start - 1) is Part.MARK or parse.words[start - 1] in ("and", "or"))
+    parse.at += 1
+    if text.strip():
+        parse.texts.append((None if alone else _bearer(parse), text))
+    return True
+
+
+_REACH = 7
+"""Tokens from the start of a clause to the quoted words that it leads to."""
+
+
+def _phrase_with_quote(parse: Parse, at: int) -> bool:
+    back, parse.at = parse.at, at
+    phrase = noun_phrase(parse)
+    parse.at = back
+    return phrase is not None and bool(phrase.quotes)
+
+
+def _bearer(parse: Parse) -> int | None:
+    """What bears quoted words: the nearest thing of the sentence that usually does, else the nearest thing."""
+    for place in reversed(range(parse.sentence, len(parse.groups))):
+        if parse.groups[place].noun.rpartition(" ")[2] in lexicon.TEXT_BEARERS and not parse.groups[place].absent:
+            return place
+    return parse.subjects[-1] if parse.subjects else None
+
+
+def _negation(parse: Parse) -> bool:
+    if parse.accept(_NEGATIONS) is None:
+        return False
     found = False
-    while True:
-        group = _noun_phrase(parse)
-        if group is None:
-            break
-        parse.groups.append(replace(group, count=None, absent=True))
+    while phrase := noun_phrase(parse):
+        parse.groups.append(replace(phrase.group, count=None, absent=True))
         found = True
-        joint = parse.match(("or", "nor", "and no", "or any"))
-        if joint is None:
+        if parse.accept(_OR) is None:
             break
-        parse.take(joint)
-    if not found:
-        parse.at = start
+    parse.subjects = []
     return found
 
 
-def _relation(parse: Parse) -> bool:
-    """A relation between the group just read and the one that follows."""
+def _position(parse: Parse) -> bool:
+    """A place in the picture: of the thing just named, or of the one that follows."""
+    phrase = parse.accept(_POSITIONS)
+    if phrase is None or parse.words[parse.at : parse.at + 1] == ["of"] or parse.part(parse.at) is Part.NOUN:
+        return False
+    if parse.subjects:
+        parse.ask(parse.subjects, lexicon.POSITIONS[phrase])
+    else:
+        parse.pending.append((lexicon.POSITIONS[phrase], -1))
+    return True
+
+
+def _look(parse: Parse) -> bool:
+    """Qualities between marks speak of the picture: ", highly detailed,"."""
     start = parse.at
-    for lead in ("is", "are"):
-        if parse.match((lead,)):
-            parse.take(lead)
-    phrase = parse.match(lexicon.RELATIONS)
-    if phrase is None or parse.subject is None:
-        parse.at = start
+    while parse.part(parse.at) in (Part.ADJECTIVE, Part.ADVERB, Part.PAST):
+        parse.at += 1
+    words = parse.words[start : parse.at]
+    bare = {*lexicon.COLOR_WORDS, *lexicon.SIZES, *lexicon.SIZE_SYNONYMS}
+    if not words or not parse.ends() or parse.part(start - 1) is not Part.MARK or bare.intersection(words):
         return False
-    subject = parse.subject
-    parse.take(phrase)
-    group = _noun_phrase(parse)
-    if group is None:
-        parse.at = start
+    if not any(parse.part(place) in _QUALITIES for place in range(start, parse.at)) or words[0][0].isdigit():
         return False
-    parse.groups.append(group)
-    parse.subject = len(parse.groups) - 1
-    parse.relations.append((subject, lexicon.RELATIONS[phrase], parse.subject))
+    parse.questions.append(Question(about=None, says=f"Is the image {' '.join(words)}?"))
     return True
 
 
 def _group(parse: Parse) -> bool:
-    group = _noun_phrase(parse)
-    if group is None:
+    start = parse.at
+    phrase = noun_phrase(parse)
+    if phrase is None:
         return False
-    parse.groups.append(group)
-    parse.subject = len(parse.groups) - 1
+    last = phrase.group.noun.rpartition(" ")[2]
+    if last in lexicon.MEDIUM_NOUNS and _names_the_picture(parse, start):
+        kind = " ".join([*phrase.group.traits, phrase.group.noun])
+        parse.texts += [(None, text) for text in phrase.quotes]
+        if kind not in lexicon.NEUTRAL_MEDIA:
+            parse.styles[kind] = True
+        parse.accept_word(("of", "showing", "depicting", "featuring", "with"))
+        return True
+    if predicates.look_noun(parse, phrase, start):
+        return True
+    joined = start > 0 and parse.words[start - 1] == "and" and parse.subjects == parse.topic
+    place = parse.add(phrase)
+    for relation, other in parse.pending:
+        if other < 0:
+            parse.ask([place], relation)
+        else:
+            parse.relations.append((place, relation, other))
+    parse.pending = []
+    parse.subjects = parse.topic = [*(parse.topic if joined else []), place]
     return True
 
 
-_RULES = (_style, _background, _text, _negation, _relation, _group)
+def _names_the_picture(parse: Parse, start: int) -> bool:
+    """Whether a noun such as "painting" is the picture itself: it leads the prompt, or stands between marks."""
+    if start == 0 and parse.words[parse.at : parse.at + 1] and parse.words[parse.at] in (
+        "of", "showing", "depicting", "featuring", "with",
+    ):  # fmt: skip
+        return True
+    return parse.part(start - 1) is Part.MARK and parse.ends()
 
 
-def _noun_phrase(parse: Parse) -> Group | None:
-    """(number) (size, colour, other words) noun. Words that are neither size nor colour stay with the noun."""
-    start = parse.at
-    count = _number(parse)
-    if count is None and parse.match(("the",)):
-        parse.take("the")
-    words: list[str] = []
-    color = size = None
-    while (token := parse.here) is not None:
-        word = token.word
-        if (
-            not word
-            or word in lexicon.STOP_WORDS
-            or (words and word.endswith("ing") and word not in lexicon.NOUNS_IN_ING)
-        ):
-            break
-        if words and (parse.match(lexicon.RELATIONS) or parse.match(lexicon.TEXT_VERBS)):
-            break
-        if mixed := _mixed_colors(parse):
-            parse.uncovered += mixed
-            parse.at += len(mixed)
-            continue
-        if color is None and word in _COLOR_WORDS:
-            color = _color(word)
-        elif size is None and word in _SIZE_WORDS:
-            size = lexicon.SIZE_SYNONYMS.get(word, word)
-        else:
-            words.append(word)
-        parse.at += 1
-    verb = words and words[0].endswith("ing") and parse.at - start == 1 and words[0] not in lexicon.NOUNS_IN_ING
-    if not words or verb or words[-1] in lexicon.TEXT_NOUNS:
-        parse.at = start
-        return None
-    return Group(noun=_singular(" ".join(words)), count=count, color=color, size=size)
-
-
-def _mixed_colors(parse: Parse) -> list[str]:
-    """The words of "red and blue" before a noun: no requirement says that one thing has two colours."""
-    words = [t.word for t in parse.tokens[parse.at : parse.at + 4]]
-    mixed = len(words) == 4 and words[0] in _COLOR_WORDS and words[1] == "and" and words[2] in _COLOR_WORDS
-    return words[:3] if mixed and words[3] and words[3] not in lexicon.STOP_WORDS else []
-
-
-def _number(parse: Parse) -> int | None:
-    phrase = parse.match(lexicon.NUMBERS)
-    if phrase is not None:
-        parse.take(phrase)
-        return lexicon.NUMBERS[phrase]
-    token = parse.here
-    if token is not None and token.word.isdecimal() and len(token.word) <= 3:
-        parse.at += 1
-        return int(token.word)
-    return None
-
-
-def _color(word: str) -> str:
-    return lexicon.COLOR_SYNONYMS.get(word, word)
-
-
-@cache
-def _inflect() -> inflect.engine:
-    return inflect.engine()
-
-
-@lru_cache(maxsize=4096)
-def _singular(noun: str) -> str:
-    """The singular of a noun's last word, and the lexicon's name for it where it has one."""
-    *first, last = noun.split(" ")
-    for name in (noun, last):
-        if name in lexicon.NOUN_SYNONYMS:
-            return " ".join([*(first if name == last else []), lexicon.NOUN_SYNONYMS[name]]).strip()
-    # inflect takes "bus", "glass" and "iris" for plurals
-    if not last.endswith(("us", "ss", "is")):
-        last = str(_inflect().singular_noun(last) or last)
-    singular = " ".join([*first, last])
-    if singular in lexicon.NOUN_SYNONYMS:
-        return lexicon.NOUN_SYNONYMS[singular]
-    return " ".join([*first, lexicon.NOUN_SYNONYMS.get(last, last)])
+_RULES = (
+    _frame, _style, _background, _text, _negation, _position, predicates.relation, predicates.after_noun,
+    predicates.predicate, predicates.having, _look, predicates.verb, _group,
+)  # fmt: skip
