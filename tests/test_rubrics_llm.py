@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from test_judges import completion, serving
 from typer.testing import CliRunner
 
 from rlhf_img.cli.rubric import app
@@ -126,7 +127,13 @@ def test_the_template_keeps_its_own_rules():
         assert set(requirement) == fields[requirement["check"]]
 
 
-def test_the_command_asks_a_judge_and_needs_one(tmp_path):
+def test_the_command_asks_a_server_and_needs_one(tmp_path):
+    with serving(lambda handler, body, n: completion(reply(CAT, uncovered=["stunning"]))) as server:
+        url = f"http://127.0.0.1:{server.server_address[1]}/v1"
+        judge = ["--decomposer", "llm", "--judge-url", url, "--judge-model", "writer", "--cache", str(tmp_path / "c")]
+        first, again = (CliRunner().invoke(app, ["decompose", "a cat, stunning", *judge]) for _ in range(2))
+    assert first.exit_code == 0 and "target: cat" in first.stdout and "stunning" in first.stderr
+    assert (again.stdout, again.stderr, len(server.requests)) == (first.stdout, first.stderr, 1)
     result = CliRunner().invoke(app, ["decompose", "a cat", "--decomposer", "llm"])
     assert isinstance(result.exception, RlhfImgError) and "--judge-model" in str(result.exception)
     result = CliRunner().invoke(app, ["decompose", "a red circle", "--cache", str(tmp_path)])

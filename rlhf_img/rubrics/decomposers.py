@@ -11,7 +11,7 @@ from rlhf_img.errors import RlhfImgError
 from rlhf_img.judges import Judge
 from rlhf_img.rubrics.files import dump_rubrics, load_rubrics
 from rlhf_img.rubrics.grammar import Decomposition, decompose
-from rlhf_img.rubrics.llm import LlmDecomposer, template_version
+from rlhf_img.rubrics.llm import LlmDecomposer, prompt_sha, template_version
 from rlhf_img.rubrics.schema import Rubric, Source
 
 log = logging.getLogger(__name__)
@@ -48,10 +48,8 @@ def decompose_all(
         for prompt, result in zip(part, llm.decompose(part) if llm else map(decompose, part), strict=True):
             if isinstance(result, str):
                 failed.append(f"  {prompt!r}: {result}")
-                continue
-            done[prompt] = result
-            if cache is not None:
-                _store(cache, result)
+            else:
+                done[prompt] = result if cache is None else _store(cache, result)
     if llm is not None and llm.rejected:
         share = llm.rejected / llm.replies
         say(f"{llm.rejected} of {llm.replies} replies ({share:.0%}) were not valid and were asked for again")
@@ -84,7 +82,7 @@ def _read_cache(
 
 
 def _path(cache: Path, prompt: str) -> Path:
-    return cache / f"{hashlib.sha256(prompt.encode()).hexdigest()[:12]}.yaml"
+    return cache / f"{prompt_sha(prompt)}.yaml"
 
 
 def _load(path: Path, prompt: str) -> Rubric:
@@ -94,18 +92,20 @@ def _load(path: Path, prompt: str) -> Rubric:
     return found[0]
 
 
-def _store(cache: Path, result: Decomposition) -> None:
-    rubric = result.rubric
-    made = {"uncovered": result.uncovered, "content_sha": _content_sha(rubric)}
-    source = (rubric.source or Source()).model_copy(update=made)
+def _store(cache: Path, result: Decomposition) -> Decomposition:
+    """Writes the file and gives what will be read from it."""
+    made = {"uncovered": result.uncovered, "content_sha": _content_sha(result.rubric)}
+    source = (result.rubric.source or Source()).model_copy(update=made)
+    rubric = result.rubric.model_copy(update={"source": source})
     path = _path(cache, rubric.prompt)
     partial = path.with_suffix(".partial")  # an interrupted write must not look like an edit
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        partial.write_text(dump_rubrics([rubric.model_copy(update={"source": source})]), encoding="utf-8")
+        partial.write_text(dump_rubrics([rubric]), encoding="utf-8")
         os.replace(partial, path)
     except OSError as error:
         raise RlhfImgError(f"{path} cannot be written: {error}") from error
+    return Decomposition(rubric=rubric, uncovered=result.uncovered)
 
 
 def _content_sha(rubric: Rubric) -> str:

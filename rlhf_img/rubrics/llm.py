@@ -65,7 +65,7 @@ class LlmDecomposer:
                 decomposer="llm",
                 model=self.model,
                 template=template_version(),
-                prompt_sha=hashlib.sha256(prompt.encode()).hexdigest()[:12],
+                prompt_sha=prompt_sha(prompt),
             )
             rubric = Rubric(prompt=prompt, requirements=reply.requirements, source=source)
         except ValidationError as error:
@@ -77,10 +77,15 @@ class LlmDecomposer:
         return Decomposition(rubric=rubric, uncovered=reply.uncovered)
 
 
+def prompt_sha(prompt: str) -> str:
+    """Short hash by which a prompt is found again."""
+    return hashlib.sha256(prompt.encode()).hexdigest()[:12]
+
+
 @lru_cache(maxsize=1)
 def template() -> str:
     """What the model is told before the prompt, with examples."""
-    return (files("rlhf_img.rubrics") / "decomposer" / f"{TEMPLATE}.txt").read_text(encoding="utf-8")
+    return (files("rlhf_img.rubrics") / "llm_templates" / f"{TEMPLATE}.txt").read_text(encoding="utf-8")
 
 
 def template_version() -> str:
