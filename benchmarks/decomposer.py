@@ -6,15 +6,15 @@ DIR holds geneval/evaluation_metadata.jsonl (djghosh13/geneval), dsg/dsg-1k-anns
 flow_grpo/ocr_test.txt (yifan123/flow_grpo). What is compared, and how:
 
 GenEval: exact tuples. A prompt's metadata say (object, class), (count, class, n), (color, class, colour) and
-(relation, class, position, class); ours are the requirements of these checks. Styles, backgrounds and questions, of which the
-metadata never speak, are not compared. A class goes by our name for its singular, a colour by our spelling of it.
+(relation, class, position, class); ours are the requirements of these checks. Styles, backgrounds and questions, of
+which the metadata never speak, are not compared. A class goes by our name for its singular, a colour by our spelling.
 
 DSG: a tuple is covered if one of our requirements of a fitting check holds the head word (the last word that is no
 function word, as its stem) of each of the tuple's arguments. Checks that fit: entity: object, style; attribute: color,
 size, vqa, style, background; relation: relation, vqa (its phrase by our name for it: "under" is "below", "has" is
 "with"); count: count, vqa; global: any; text: the text requirement with the same letters and digits. An edge of DSG is
-a tuple and one that it depends on. Ours: a covered tuple depends on another if the requirement that covers it needs that
-of the other. Prompts whose dependencies are cyclic are left out of the edges, and counted.
+a tuple and one that it depends on. Ours: a covered tuple depends on another if the requirement that covers it needs
+that of the other. Prompts whose dependencies are cyclic are left out of the edges, and counted.
 
 OCR: the text requirements of a prompt are exactly its quoted text.
 

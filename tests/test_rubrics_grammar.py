@@ -106,3 +106,101 @@ def test_every_playground_caption_is_covered_and_complete():
             colors = {(r.equals, r.target) for r in rubric.requirements if r.check == "color"}
             named = {tuple(r.target.split(" ")[-2:]) for r in rubric.requirements if r.target and " " in r.target}
             assert set(kinds) <= colors | named, text
+
+
+@pytest.mark.parametrize(
+    ("prompt", "expected"),
+    [
+        ("two cats and three dogs", {"cat", "exactly 2 cat", "dog", "exactly 3 dog"}),
+        ("twenty-one geese", {"goose", "exactly 21 goose"}),
+        ("half a dozen mice", {"mouse", "exactly 6 mouse"}),
+        ("several children", {"child", "Are there several children? (yes)"}),
+        (
+            "a red car left of a blue bus",
+            {"car", "exactly 1 car", "car is red", "bus", "exactly 1 bus", "bus is blue", "car left of bus"},
+        ),
+        ("a teddy bear", {"teddy bear", "exactly 1 teddy bear"}),
+        ("three hot dogs", {"hot dog", "exactly 3 hot dog"}),
+        ("a stop sign", {"stop sign", "exactly 1 stop sign"}),
+        ("an orange orange", {"orange", "exactly 1 orange", "orange is orange"}),
+        ("a dark green vase", {"vase", "exactly 1 vase", "vase is dark green"}),
+        ("a giant snail", {"snail", "exactly 1 snail", "snail is large"}),
+        ("the wooden table", {"table", "Is the table made of wood? (yes)"}),
+        (
+            "two wooden chairs and a metal chair",
+            {"wooden chair", "exactly 2 wooden chair", "metal chair", "exactly 1 metal chair"},
+        ),
+        ("the red and white tent", {"tent", "Is the tent partly red? (yes)", "Is the tent partly white? (yes)"}),
+        ("the sleek, modern lamp", {"lamp", "Is the lamp sleek? (yes)", "Is the lamp modern? (yes)"}),
+        ("the sleeping fox", {"fox", "Is the fox sleeping? (yes)"}),
+        ("the fox is sleeping", {"fox", "Is the fox sleeping? (yes)"}),
+        ("the fox is not sleeping", {"fox", "Is the fox sleeping? (no)"}),
+        ("the door is green and open", {"door", "door is green", "Is the door open? (yes)"}),
+        ("foxes sleeping on hay", {"fox", "hay", "fox on hay", "Are the foxes sleeping? (yes)"}),
+        ("the man rides the horse", {"man", "horse", "man riding horse"}),
+        ("the girl holding the kite", {"girl", "kite", "girl holding kite"}),
+        ("the hut surrounded by trees", {"hut", "tree", "hut surrounded by tree"}),
+        ("the man in the hat riding the mule", {"man", "hat", "mule", "man in hat", "man riding mule"}),
+        ("the dog beside the well", {"dog", "well", "dog next to well"}),
+        ("in the barn, the hen", {"barn", "hen", "hen in barn"}),
+        ("the shelf has jars", {"shelf", "jar", "shelf with jar"}),
+        ("the cat's tail", {"cat", "tail", "tail of cat"}),
+        ("the children's book", {"children's book"}),
+        ("the owl on the left", {"owl", "Is the owl on the left? (yes)"}),
+        ("In the background there is the tower", {"tower", "Is the tower in the background? (yes)"}),
+        ("a bear. The bear is brown.", {"bear", "exactly 1 bear", "bear is brown"}),
+        ("a hut at dusk", {"hut", "exactly 1 hut", "Is it dusk? (yes)"}),
+        ("no cars, without any people", {"no car", "no person"}),
+        ("the lake, no clouds or birds", {"lake", "no cloud", "no bird"}),
+        ("the owl, soft lighting", {"owl", "Does the image have soft lighting? (yes)"}),
+        ("the owl, highly detailed", {"owl", "Is the image highly detailed? (yes)"}),
+        ("a watercolor of the lake", {"watercolor", "lake"}),
+        ("the lake, in the style of Hokusai", {"hokusai", "lake"}),
+    ],
+)
+def test_free_english(prompt, expected):
+    assert facts(prompt) == expected
+    assert decompose(prompt).uncovered == ()
+
+
+@pytest.mark.parametrize(
+    ("prompt", "target", "text"),
+    [
+        ("a sign that says “Don't stop”", "sign", "Don't stop"),
+        ("a t-shirt with 'Keep Calm' on it", "t-shirt", "Keep Calm"),
+        ("a poster on a brick wall titled \"It's 5 o'clock\"", "poster", "It's 5 o'clock"),
+        ("""a mug reading "she said 'hi' twice" """, "mug", "she said 'hi' twice"),
+        ('an "OPEN" neon sign above the door', "neon sign", "OPEN"),
+        ('the words "Fresh Bread" on a chalkboard', "chalkboard", "Fresh Bread"),
+        ('the word "SUN" on grey', None, "SUN"),
+        ("the dogs' bowls near the cats' beds", None, None),
+        ("rock 'n' roll in the '90s at 5 o'clock", None, None),
+    ],
+)
+def test_quoted_words_and_their_bearer(prompt, target, text):
+    found = [(r.target, r.equals) for r in decompose(prompt).rubric.requirements if r.check == "text"]
+    assert found == ([] if text is None else [(target, text)])
+
+
+def test_questions_need_what_they_are_about_and_styles_permit():
+    rubric = decompose("a watercolor of a fluffy dog, blurred background").rubric
+    assert [r.permits for r in rubric.requirements if r.check == "style"] == [("watercolor", "blur")]
+    assert next(r for r in rubric.requirements if r.ask == "Is the dog fluffy?").needs == ("dog",)
+    assert next(r for r in rubric.requirements if r.ask == "Is the background blurred?").permits == ("blur",)
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "", " ", "'", '"', '""', 'a sign "" here', "“open", "'s", "n't", "a", "the", "no", "is is", "and and", "has",
+        "🐱 a cat 🎉", "猫が走る", "un gato negro", "ﬁsh ½ cup ²³ cats", "a\x00b", "--ar 3:4", "-", "in the style of",
+        "in the style of ,", "is not n't not", "a very", "a cat, " * 200, "'a " * 500, '"x" ' * 100, "a" * 5000,
+        "a red and a blue " * 100,
+    ],
+)  # fmt: skip
+def test_no_prompt_raises(prompt):
+    decompose(prompt)
+
+
+def test_signs_that_say_something_are_reported():
+    assert decompose("a cat 🎉 - *").uncovered == ("🎉",)

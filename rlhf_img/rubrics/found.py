@@ -13,7 +13,6 @@ class Question:
     about: int | None
     says: str
     absent: bool = False
-    permits: tuple[str, ...] = ()
 
 
 class Parse(Reader):

@@ -61,10 +61,12 @@ def _requirements(parse: Parse) -> list[Requirement]:
     if parse.background:
         result.append(Requirement(id=ids.new("background"), check="background", equals=parse.background))
     for style, wanted in parse.styles.items():
-        expect, permits = ("present", _permits(style)) if wanted else ("absent", ())
         result.append(
-            Requirement(id=ids.new(style), check="style", equals=style, expect=expect, permits=permits)  # type: ignore[arg-type]
-        )
+            Requirement(
+                id=ids.new(style), check="style", equals=style, expect="present" if wanted else "absent",
+                permits=_permits(style) if wanted else (),
+            )
+        )  # fmt: skip
     return [*result, *_question_requirements(parse, groups, handles, objects, ids)]
 
 
@@ -112,15 +114,17 @@ def _question_requirements(
     parse: Parse, groups: list[Group], handles: list[str], objects: Mapping[str, str], ids: "_Ids"
 ) -> Iterable[Requirement]:
     for question in dict.fromkeys(parse.questions):
-        target, needs, ask = None, (), question.says
+        target, ask = None, question.says
+        needs: tuple[str, ...] = ()
         if question.about is not None:
             target = handles[question.about]
             needs = (objects[target],)
             if not ask.endswith("?"):
                 ask = _ask(groups[question.about], target, question.about in parse.plural, ask)
-        expect = "absent" if question.absent else "present"
-        name = ids.new(target or "", question.says)[:60]
-        yield Requirement(id=name, check="vqa", target=target, ask=ask, needs=needs, expect=expect)
+        yield Requirement(
+            id=ids.new(target or "", question.says), check="vqa", target=target, ask=ask, needs=needs,
+            expect="absent" if question.absent else "present",
+        )  # fmt: skip
 
 
 def _relation_requirements(
@@ -151,8 +155,11 @@ def _handles(groups: list[Group]) -> list[str]:
 
     handles = []
     attributes: tuple[str | None, ...]
+    of_noun: dict[str, list[Group]] = {}
+    for group in dict.fromkeys(g for g in groups if not g.absent):
+        of_noun.setdefault(group.noun, []).append(group)
     for group in groups:
-        rivals = [g for g in groups if g.noun == group.noun and not g.absent]
+        rivals = of_noun.get(group.noun, [])
         if group.absent or distinct([g.noun for g in rivals], rivals):
             attributes = (group.size, group.color, *group.traits) if group.absent else ()
         elif distinct([f"{g.color}" for g in rivals], rivals):

@@ -284,7 +284,7 @@ TEXT_VERBS = frozenset((
 TEXT_BEARERS = frozenset(_words("""
     sign signboard billboard poster banner label shirt t-shirt tee hoodie cap hat mug cup book cover screen
     display board chalkboard whiteboard blackboard plaque placard sticker tag card note letter page newspaper
-    magazine menu logo badge patch flag wall door window box bottle can cake tattoo ticket package packaging
+    magazine menu logo badge patch flag door window box bottle can cake tattoo ticket package packaging
     plate bubble notification storefront awning scroll gravestone tombstone headstone jersey license envelope
     graffiti marquee certificate stamp
 """))

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from rlhf_img.rubrics import lexicon, predicates
 from rlhf_img.rubrics.found import Parse, Question
-from rlhf_img.rubrics.reading import Phrases, noun_phrase
+from rlhf_img.rubrics.reading import RELATIONS, Phrases, noun_phrase
 from rlhf_img.rubrics.words import Part
 
 _STYLES = {**lexicon.STYLES, **lexicon.MEDIA}
@@ -32,7 +32,7 @@ def parse_prompt(prompt: str) -> Parse:
     parse = Parse(prompt)
     while not parse.ended:
         start = parse.at
-        for rule in _RULES:
+        for rule in _RULES if parse.words[start] in _OPENERS else _RULES_OF_CONTENT:
             if rule(parse):
                 break
             parse.at = start
@@ -45,10 +45,9 @@ def _leave(parse: Parse) -> None:
     """Pass over one token that no rule reads; only words that join or close a phrase mean nothing by themselves."""
     token = parse.tokens[parse.at]
     if token.part is Part.MARK:
-        parse.pending = []
         parse.subjects = parse.topic
         if token.text != ",":
-            parse.topic, parse.sentence = [], len(parse.groups)
+            parse.topic, parse.pending, parse.sentence = [], [], len(parse.groups)
     elif token.word in lexicon.PRONOUNS:
         if token.word not in ("which", "that", "who"):
             parse.subjects = parse.topic = parse.topic or parse.subjects
@@ -230,7 +229,17 @@ def _names_the_picture(parse: Parse, start: int) -> bool:
     return parse.part(start - 1) is Part.MARK and parse.ends()
 
 
+_RULES_OF_CONTENT = (
+    _text, predicates.after_noun, predicates.predicate, predicates.having, _look, predicates.verb, _group,
+)  # fmt: skip
 _RULES = (
     _frame, _style, _background, _text, _negation, _position, predicates.relation, predicates.after_noun,
     predicates.predicate, predicates.having, _look, predicates.verb, _group,
 )  # fmt: skip
+_OPENERS = frozenset(lexicon.COLOR_WORDS).union(*(
+    phrases.first_words for phrases in (
+        _FRAMES, _NEGATIONS, _STYLE_LEADS, _IN_STYLE, _STYLE_PHRASES, _BACKGROUND_LEADS, _ARTICLES, _POSITIONS,
+        RELATIONS,
+    )
+))  # fmt: skip
+"""Words with which a rule that is not one of content can begin; before other words those need not be tried."""

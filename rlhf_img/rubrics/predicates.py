@@ -84,6 +84,9 @@ def verb(parse: Parse) -> bool:
     if not subjects or parse.ended or not _is_verb_here(parse):
         return False
     token = parse.tokens[parse.at]
+    of_noun = token.part is Part.PAST and parse.part(parse.at + 1) in (Part.NOUN, Part.PLURAL)
+    if of_noun and parse.before() in ("and", ","):
+        return False  # "a dog, blurred background"
     verb = token.word if token.part is Part.PAST else participle(token.word)
     adverbs = parse.words[start : parse.at]
     parse.at += 1

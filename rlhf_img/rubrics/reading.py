@@ -16,6 +16,10 @@ class Phrases:
             words = phrase.split(" ")
             self._by_first.setdefault(words[0], []).append((len(words), words, phrase))
 
+    @property
+    def first_words(self) -> Collection[str]:
+        return self._by_first.keys()
+
     def at(self, words: list[str], start: int) -> str | None:
         """The longest phrase that starts there, or None."""
         for length, phrase, text in self._by_first.get(words[start] if start < len(words) else "", ()):
@@ -127,7 +131,7 @@ def noun_phrase(reader: Reader) -> NounPhrase | None:
         plural=reader.tokens[end - 1].part is Part.PLURAL,
         definite=definite,
         quantity=quantity,
-        quotes=tuple(t.text for t in reader.tokens[first:noun_at] if t.part is Part.QUOTE),
+        quotes=tuple(t.text for t in reader.tokens[first:noun_at] if t.part is Part.QUOTE and t.text.strip()),
     )
     return _owned(reader, phrase) or phrase
 
