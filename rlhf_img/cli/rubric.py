@@ -99,7 +99,8 @@ def new(
     left = [f"#   {{id: {i}, check: vqa, ask: ...}}   # {word!r}" for i, word in enumerate(found.uncovered, start=1)]
     text = _NEW_HEAD + rubrics.dump_rubrics([found.rubric])
     if left:
-        text += "\n".join(["# Words of the prompt that no requirement covers; ask about them, or leave them:", *left, ""])
+        head = "# Words of the prompt that no requirement covers; ask about them, or leave them:"
+        text += "\n".join([head, *left, ""])
     try:
         with out.open("x", encoding="utf-8") as file:
             file.write(text)

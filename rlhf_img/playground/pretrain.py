@@ -36,7 +36,7 @@ class PretrainConfig:
     decoder: FitConfig = field(default_factory=lambda: FitConfig(steps=700, lr=1e-3, ema=0.995))
     """The decoder alone, with the encoder frozen."""
     text: FitConfig = field(default_factory=lambda: FitConfig(steps=900, lr=2e-3))
-    dit: FitConfig = field(default_factory=lambda: FitConfig(steps=16_000, lr=2e-3, ema=0.998, save_every=500))
+    dit: FitConfig = field(default_factory=lambda: FitConfig(steps=12_500, lr=2e-3, ema=0.998, save_every=500))
     batch: int = 64
     """Examples a step of the text encoder and the DiT; the autoencoder takes a quarter of it."""
     drop: float = 0.1
@@ -87,7 +87,8 @@ def train_text(pipe: Krea2Pipeline, config: PretrainConfig, work: Path) -> None:
         hidden = encoder(**tokens).last_hidden_state[:, -5:]
         truth = torch.tensor([facts(scene) for scene in scenes], device=device)
         logits = encoder.heads(hidden).split(FACT_SIZES, dim=-1)
-        return sum(F.cross_entropy(x.flatten(0, 1), truth[:, i].repeat_interleave(5)) for i, x in enumerate(logits))
+        wrong = [F.cross_entropy(x.flatten(0, 1), truth[:, i].repeat_interleave(5)) for i, x in enumerate(logits)]
+        return torch.stack(wrong).sum()
 
     fit("text", encoder, loss_fn, config.text, work)
     del encoder.heads

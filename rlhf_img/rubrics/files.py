@@ -64,9 +64,9 @@ def read_rubrics(text: str) -> tuple[list[tuple[Rubric, yaml.Node]], list[Findin
     if node is None:
         message = "empty; expected a rubric (prompt, requirements) or a list of them"
         return [], [Finding(line=1, column=1, severity="error", message=message)]
-    several = isinstance(data, list)
+    items = zip(data, node.value, strict=True) if isinstance(data, list) else [(data, node)]
     rubrics, problems = [], list(_traps(node))
-    for item, item_node in zip(data if several else [data], node.value if several else [node], strict=True):
+    for item, item_node in items:
         try:
             rubrics.append((Rubric.model_validate(item), item_node))
         except ValidationError as error:

@@ -192,7 +192,7 @@ STYLES: dict[str, Style] = {
 _MEDIA: dict[str, tuple[str, ...]] = {
     "watercolor": ("watercolor", "watercolour", "watercolor painting", "watercolour painting"),
     "oil painting": ("oil painting", "oil on canvas"),
-    "sketch": ("sketch", "pencil sketch", "pencil drawing", "charcoal drawing", "line art", "line drawing"),
+    "sketch": ("sketch", "pencil sketch", "pencil drawing", "charcoal drawing"),
     "hand drawn": ("hand drawn", "hand-drawn"),
     "pixel art": ("pixel art", "pixelated", "8-bit"),
     "black and white": ("black and white photo", "black and white photograph", "black-and-white", "monochrome"),

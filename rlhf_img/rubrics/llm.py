@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from rlhf_img.judges import Judge, Message
 from rlhf_img.rubrics.grammar import Decomposition
-from rlhf_img.rubrics.schema import _NEEDED_FIELDS, _OPTIONAL_FIELDS, BUILTIN_CHECKS, Requirement, Rubric, Source
+from rlhf_img.rubrics.schema import BUILTIN_CHECKS, NEEDED_FIELDS, OPTIONAL_FIELDS, Requirement, Rubric, Source
 
 TEMPLATE = "v1"
 ATTEMPTS = 3
@@ -107,8 +107,8 @@ def _shape(check: str) -> dict[str, Any]:
     fields = Requirement.model_json_schema()["properties"]
     text = {"type": "string"}
     shape = {"id": fields["id"], "check": {"type": "string", "enum": [check]}}
-    shape |= {name: text for name in _NEEDED_FIELDS[check]}
-    shape |= {name: {"anyOf": [text, {"type": "null"}]} for name in _OPTIONAL_FIELDS.get(check, ())}
+    shape |= {name: text for name in NEEDED_FIELDS[check]}
+    shape |= {name: {"anyOf": [text, {"type": "null"}]} for name in OPTIONAL_FIELDS.get(check, ())}
     if check == "count":
         shape["equals"] = {"type": "integer"}
     if check in ("object", "style", "vqa"):

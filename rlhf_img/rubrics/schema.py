@@ -19,7 +19,7 @@ from rlhf_img.errors import did_you_mean
 
 BUILTIN_CHECKS = ("object", "count", "color", "relation", "size", "background", "style", "text", "vqa")
 CUSTOM_CHECK = re.compile(r".+\.py:\w+")
-_NEEDED_FIELDS: dict[str, tuple[str, ...]] = {
+NEEDED_FIELDS: dict[str, tuple[str, ...]] = {
     "object": ("target",),
     "count": ("target", "equals"),
     "color": ("target", "equals"),
@@ -31,7 +31,7 @@ _NEEDED_FIELDS: dict[str, tuple[str, ...]] = {
     "vqa": ("ask",),
 }
 _ARGUMENTS = ("target", "equals", "subject", "is", "object", "ask")
-_OPTIONAL_FIELDS: dict[str, tuple[str, ...]] = {"text": ("target",), "vqa": ("target",)}
+OPTIONAL_FIELDS: dict[str, tuple[str, ...]] = {"text": ("target",), "vqa": ("target",)}
 
 Id = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -74,10 +74,10 @@ class Requirement(_Model):
             _require_known_check(self.check)
             return self
         given = {name for name in _ARGUMENTS if getattr(self, "relation" if name == "is" else name) is not None}
-        needed = set(_NEEDED_FIELDS[self.check])
+        needed = set(NEEDED_FIELDS[self.check])
         if missing := sorted(needed - given):
             raise ValueError(f"check {self.check} lacks {', '.join(missing)}; it takes {_fields_of(self.check)}")
-        if surplus := sorted(given - needed - set(_OPTIONAL_FIELDS.get(self.check, ()))):
+        if surplus := sorted(given - needed - set(OPTIONAL_FIELDS.get(self.check, ()))):
             raise ValueError(
                 f"check {self.check} does not take {', '.join(surplus)}; it takes {_fields_of(self.check)}"
             )
@@ -171,7 +171,7 @@ class Rubric(_Model):
 
 
 def _fields_of(check: str) -> str:
-    return ", ".join([*_NEEDED_FIELDS[check], *(f"{f} (optional)" for f in _OPTIONAL_FIELDS.get(check, ()))])
+    return ", ".join([*NEEDED_FIELDS[check], *(f"{f} (optional)" for f in OPTIONAL_FIELDS.get(check, ()))])
 
 
 def _require_known_check(check: str) -> None:
