@@ -17,17 +17,20 @@ from rlhf_img.playground.render import render
 from rlhf_img.playground.scene import (
     BACKGROUNDS,
     COLORS,
-    PAIRS,
     RELATIONS,
     SHAPES,
     SIZE,
+    SPLITS,
     Scene,
     Thing,
     break_scene,
     holds,
+    pairs_of,
     sample_scene,
     split_of,
+    splits_of,
 )
+from rlhf_img.rubrics import decompose
 
 WEIGHTS = Path(__file__).parents[1] / "rlhf_img" / "playground" / "weights"
 
@@ -64,14 +67,29 @@ def test_relations_exclude_one_another() -> None:
     assert [r for r in RELATIONS if holds(r, b, a)] == ["right of"]
 
 
-def test_splits_share_no_binding_and_training_sees_every_color_and_shape() -> None:
-    assert {split: len(pairs) for split, pairs in PAIRS.items()} == {"train": 28, "val": 4, "heldout": 8}
-    assert {c for c, _ in PAIRS["train"]} == set(COLORS) and {s for _, s in PAIRS["train"]} == set(SHAPES)
+def test_splits_share_no_combination_and_training_sees_every_color_shape_and_background() -> None:
     rng = np.random.default_rng(1)
-    for split in ("train", "val", "heldout"):
+    unseen = {pair for pair in pairs_of("val", "grey")}
+    assert len(unseen) == 4 and all(set(pairs_of("val", b)) == unseen for b in BACKGROUNDS)
+    for background in BACKGROUNDS:
+        known = pairs_of("train", background)
+        assert {c for c, _ in known} == set(COLORS) and {s for _, s in known} == set(SHAPES)
+        assert len(pairs_of("heldout", background)) == 8
+    for split in SPLITS:
         for _ in range(200):
-            seen = [split_of(t.color, t.shape) for t in sample_scene(rng, split).things]  # type: ignore[arg-type]
-            assert seen[0] == split and set(seen) <= {"train", split}
+            scene = sample_scene(rng, split)
+            first = scene.things[0]
+            assert split_of(first.color, first.shape, scene.background) == split
+            assert splits_of(scene) <= {"train", split}
+
+
+def test_held_out_prompts_always_name_the_background_and_training_captions_no_unseen_combination() -> None:
+    for i in range(300):
+        heldout = example(i, "heldout")
+        assert heldout.scene.background in heldout.caption.replace("gray", "grey")
+        told = decompose(example(i, "train", wrong_captions=1.0).caption).rubric.requirements
+        colors = {r.target: r.equals for r in told if r.check == "color"}
+        assert not {(c, s) for s, c in colors.items()} & set(pairs_of("val", "grey"))
 
 
 def test_captions_vary_and_name_every_thing() -> None:

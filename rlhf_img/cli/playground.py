@@ -26,10 +26,10 @@ def render(
 
     from rlhf_img.errors import RlhfImgError, did_you_mean
     from rlhf_img.playground.data import example
-    from rlhf_img.playground.scene import PAIRS
+    from rlhf_img.playground.scene import SPLITS
 
-    if split not in PAIRS:
-        raise RlhfImgError(f'there is no split "{split}"; {did_you_mean(split, PAIRS)}')
+    if split not in SPLITS:
+        raise RlhfImgError(f'there is no split "{split}"; {did_you_mean(split, SPLITS)}')
     examples = [example(seed + i, split) for i in range(count)]
     columns = min(count, 8)
     side = examples[0].image.shape[0]

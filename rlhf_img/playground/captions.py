@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from rlhf_img.playground.scene import Scene, Thing
+from rlhf_img.playground.scene import Scene, Thing, splits_of
 
 SHAPE_WORDS: dict[str, tuple[str, ...]] = {
     "circle": ("circle", "circle", "disc"),
@@ -29,7 +29,8 @@ STYLE_WORDS = {
 
 
 def caption(scene: Scene, rng: np.random.Generator) -> str:
-    """One English description. Background and size are mentioned sometimes, all else always."""
+    """One English description. Size and background are mentioned sometimes, all else always; a background without which
+    the prompt could be one of training is mentioned too."""
 
     def pick(options: Sequence[str]) -> str:
         return options[int(rng.integers(len(options)))]
@@ -47,7 +48,7 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
         text = " and ".join(phrases)
     if scene.word:
         text += f' and the {pick(("word", "text"))} "{scene.word}"'
-    if rng.random() < 0.6:
+    if rng.random() < 0.6 or "heldout" in splits_of(scene):
         ground = pick(("gray", "grey", "grey")) if scene.background == "grey" else scene.background
         text += pick((f" on a {ground} background", f" on {ground}", f" against a {ground} background"))
     if scene.style:

@@ -19,6 +19,7 @@ from rlhf_img.playground.scene import (
     Split,
     break_scene,
     sample_scene,
+    splits_of,
 )
 
 WRONG_CAPTIONS = 0.15
@@ -42,6 +43,8 @@ def example(seed: int, split: Split = "train", wrong_captions: float = 0.0) -> E
     scene = sample_scene(rng, split)
     image = render(scene, seed)
     told = break_scene(scene, rng)[0] if rng.random() < wrong_captions else scene
+    if splits_of(told) != splits_of(scene):
+        told = scene  # else unseen combinations would be shown in training after all, and wrongly
     return Example(scene=scene, caption=caption(told, rng), image=image)
 
 

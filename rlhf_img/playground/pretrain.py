@@ -5,6 +5,7 @@ scene's facts can be read off its states), the autoencoder, latents and text fea
 once, and the DiT by flow matching with dropped captions and an averaged copy of the weights.
 """
 
+import json
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,12 +18,13 @@ from PIL import Image
 from torch import Tensor
 
 from rlhf_img.model.forward import use_native_gqa
+from rlhf_img.model.loading import SETTINGS_FILE
 from rlhf_img.model.vae import single_frame
 from rlhf_img.playground import build
 from rlhf_img.playground.captions import caption
 from rlhf_img.playground.data import FACT_SIZES, WRONG_CAPTIONS, example, facts, prompts
 from rlhf_img.playground.fit import FitConfig, fit
-from rlhf_img.playground.scene import sample_scene
+from rlhf_img.playground.scene import SIZE, sample_scene
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,12 +32,12 @@ class PretrainConfig:
     """The recipe of the embedded model."""
 
     seed: int = 0
-    scenes: int = 51_200
+    scenes: int = 40_960
     """Training scenes of the DiT."""
     vae: FitConfig = field(default_factory=lambda: FitConfig(steps=5000, lr=1.5e-3, ema=0.995))
     decoder: FitConfig = field(default_factory=lambda: FitConfig(steps=700, lr=1e-3, ema=0.995))
     """The decoder alone, with the encoder frozen."""
-    text: FitConfig = field(default_factory=lambda: FitConfig(steps=900, lr=2e-3))
+    text: FitConfig = field(default_factory=lambda: FitConfig(steps=1200, lr=2e-3))
     dit: FitConfig = field(default_factory=lambda: FitConfig(steps=12_500, lr=2e-3, ema=0.998, save_every=500))
     batch: int = 64
     """Examples a step of the text encoder and the DiT; the autoencoder takes a quarter of it."""
@@ -216,6 +218,7 @@ def train_dit(pipe: Krea2Pipeline, cache: Cache, config: PretrainConfig, work: P
 def save(pipe: Krea2Pipeline, out: Path) -> None:
     """The stock folder, in bfloat16 (the norms stay float32)."""
     pipe.to("cpu", torch.bfloat16).save_pretrained(out)
+    (out / SETTINGS_FILE).write_text(json.dumps({"default_size": SIZE}))
 
 
 def save_grid(images_B3HW: Tensor, file: Path, columns: int) -> None:

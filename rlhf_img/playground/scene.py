@@ -32,27 +32,23 @@ RADII = {"small": (7.5, 8.5), "medium": (9.5, 10.5), "large": (12.0, 13.5)}
 """Radius of the circle with an object's nominal extent, in pixels."""
 
 Split = Literal["train", "val", "heldout"]
+SPLITS: tuple[Split, ...] = ("train", "val", "heldout")
 
 
-def split_of(color: str, shape: str) -> Split:
-    """The split that owns a (colour, shape) pair: 28 train, 4 val and 8 held-out pairs of 40.
+def split_of(color: str, shape: str, background: str) -> Split:
+    """The split that owns a combination: 32 of 160 are held out, and 4 (colour, shape) pairs on any background are val.
 
-    Every colour and every shape is seen in training; these 12 bindings are not.
+    Every pair that is not val is trained on at least three backgrounds; a held-out prompt asks for one on the fourth.
     """
-    i, j = list(COLORS).index(color), SHAPES.index(shape)
-    match (2 * i + j) % 5, i % 2:
-        case 0, _:
-            return "heldout"
-        case 1, 0:
-            return "val"
-        case _:
-            return "train"
+    i, j, k = list(COLORS).index(color), SHAPES.index(shape), list(BACKGROUNDS).index(background)
+    if (2 * i + j) % 5 == 1 and i % 2 == 0:
+        return "val"
+    return "heldout" if (2 * i + j + k) % 5 == 0 else "train"
 
 
-PAIRS: dict[Split, tuple[tuple[str, str], ...]] = {
-    split: tuple((c, s) for c in COLORS for s in SHAPES if split_of(c, s) == split)
-    for split in ("train", "val", "heldout")
-}
+def pairs_of(split: Split, background: str) -> tuple[tuple[str, str], ...]:
+    """The (colour, shape) pairs that a split owns on a background."""
+    return tuple((c, s) for c in COLORS for s in SHAPES if split_of(c, s, background) == split)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,8 +82,8 @@ WORD_BAND = 20
 
 
 def sample_scene(rng: np.random.Generator, split: Split = "train") -> Scene:
-    """A random scene of a split. Outside `train`, the first thing has a binding that training never shows,
-    and no scene holds a binding of the other unseen split."""
+    """A random scene of a split. Outside `train`, the first thing is a combination that training never shows,
+    and no scene holds a combination of the other unseen split."""
     while True:
         scene = _try_scene(rng, split)
         if scene is not None:
@@ -96,7 +92,8 @@ def sample_scene(rng: np.random.Generator, split: Split = "train") -> Scene:
 
 def _try_scene(rng: np.random.Generator, split: Split) -> Scene | None:
     kind = rng.choice(_KINDS, p=_KIND_WEIGHTS)
-    kinds_of_thing = _draw_pairs(rng, split, 2)
+    background = str(rng.choice(list(BACKGROUNDS)))
+    kinds_of_thing = _draw_pairs(rng, split, background)
     counts: tuple[int, ...]
     match kind:
         case "count":
@@ -119,7 +116,6 @@ def _try_scene(rng: np.random.Generator, split: Split) -> Scene | None:
             if thing is None:
                 return None
             things.append(thing)
-    background = str(rng.choice(list(BACKGROUNDS)))
     visible = STYLES if background != "black" else STYLES[:2]  # a vignette does not show on black
     return Scene(
         things=tuple(things),
@@ -131,12 +127,12 @@ def _try_scene(rng: np.random.Generator, split: Split) -> Scene | None:
     )
 
 
-def _draw_pairs(rng: np.random.Generator, split: Split, n: int) -> list[tuple[str, str]]:
-    """n different (colour, shape) pairs with the first from `split` and the rest from `split` or `train`."""
-    first = PAIRS[split][rng.integers(len(PAIRS[split]))]
-    pool = [p for p in {*PAIRS["train"], *PAIRS[split]} if p != first]
-    pool.sort()
-    return [first, *(pool[i] for i in rng.choice(len(pool), n - 1, replace=False))]
+def _draw_pairs(rng: np.random.Generator, split: Split, background: str) -> list[tuple[str, str]]:
+    """Two different (colour, shape) pairs, the first from `split` and the second from `split` or `train`."""
+    own = pairs_of(split, background)
+    first = own[rng.integers(len(own))]
+    pool = sorted({*pairs_of("train", background), *own} - {first})
+    return [first, pool[rng.integers(len(pool))]]
 
 
 def _place(
@@ -163,6 +159,11 @@ def _place(
             continue
         return thing
     return None
+
+
+def splits_of(scene: Scene) -> set[Split]:
+    """The splits that own what the scene shows."""
+    return {split_of(t.color, t.shape, scene.background) for t in scene.things}
 
 
 def holds(relation: str, subject: Thing, other: Thing) -> bool:

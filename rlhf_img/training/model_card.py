@@ -24,7 +24,8 @@ _TEMPLATE = """# The embedded model
 A Krea 2 in small, remade by `rlhf-img playground pretrain`. The stock `diffusers.Krea2Pipeline` loads this folder.
 
 **Data.** Rendered scenes only (`rlhf_img/playground`): {scenes} for the diffusion transformer, of the training split;
-12 of 40 (colour, shape) pairs are never shown. {wrong:.0%} of the captions describe a scene with one fact changed.
+4 of 40 (colour, shape) pairs are never shown (split val), and 32 of the others not on one of the four backgrounds
+(split heldout). {wrong:.0%} of the captions describe a scene with one fact changed.
 
 **Parts.** Text encoder {text_encoder:,} parameters, autoencoder {vae:,}, transformer {transformer:,}; bfloat16.
 
