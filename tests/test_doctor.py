@@ -43,14 +43,14 @@ def test_the_machine():
 
 def test_a_judge_that_knows_the_truth_agrees_and_has_no_noise():
     put = QUESTION.format
-    truth = {(_data_uri(ask.image), put(question=ask.question)): right for ask, right in doctor._questions(4)}
+    truth = {(_data_uri(ask.image), put(question=ask.question)): right for ask, right in doctor._questions(12)}
 
     def reply(handler, body, n):
         yes = 0.9 if truth[about(body)] else 0.1
         return completion(top={"Yes": yes, "No": 1 - yes})
 
     with serving(reply) as server:
-        found = measured(server, 4)
+        found = measured(server, 12)
     assert True in truth.values() and False in truth.values()
     assert found["p_yes_from_token_probabilities"] and found["answered"] == found["asked"] == len(truth)
     assert found["agreement_where_yes_is_right"] == found["agreement_where_no_is_right"] == 1
