@@ -42,8 +42,8 @@ A Krea 2 in small, remade by `rlhf-img playground pretrain`. The stock `diffuser
 |---|---|---|
 {rows}
 
-**Known faults.** Shapes are often malformed, small ones most; words are often misspelt; of two objects one is
-often lost. What it cannot draw it draws as blobs of the right colour.
+**Known faults.** Shapes are often malformed, large ones most. Counts are often wrong, relations hardly ever hold, and
+some scenes stay empty. What it cannot draw it draws as blobs of the right colour.
 """
 
 
