@@ -53,7 +53,7 @@ class GRPOConfig:
     """Whether the images of a group start from the same noise, so that they differ by the window alone."""
     updates: int = 1
     """Optimiser steps an iteration, each on its share of the prompts."""
-    lr: float = 2e-3
+    lr: float = 4e-4
     """Learning rate of AdamW."""
     weight_decay: float = 1e-4
     max_grad_norm: float = 1.0
