@@ -28,6 +28,7 @@ import re
 import time
 from collections import defaultdict
 from functools import cache
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 from rich.console import Console
@@ -40,7 +41,7 @@ _FUNCTION_WORDS = frozenset((
     "a", "an", "the", "of", "to", "in", "on", "at", "and", "or", "is", "are", "be", "with", "their", "his", "her", "it",
     "its",
 ))  # fmt: skip
-_RELATIONS = {**lexicon.RELATIONS, **lexicon.OTHER_RELATIONS, "has": "with", "have": "with"}
+_RELATIONS = {**lexicon.ALL_RELATIONS, "has": "with", "have": "with"}
 _FITTING = {
     "entity": ("object", "style"),
     "attribute": ("color", "size", "vqa", "style", "background"),
@@ -134,15 +135,6 @@ def words_of(r: Requirement) -> set[str]:
     return set(stems(" ".join(str(v) for v in values if v is not None)))
 
 
-def is_cyclic(needs: dict[str, set[str]]) -> bool:
-    """Whether some tuple depends on itself, directly or through others."""
-    left = dict(needs)
-    while leaves := [name for name, parents in left.items() if not parents & left.keys()]:
-        for name in leaves:
-            del left[name]
-    return bool(left)
-
-
 def dsg(path: Path) -> tuple[dict[str, object], list[str]]:
     """Coverage by kind of tuple, and dependency edges."""
     prompts: dict[str, list[dict[str, str]]] = defaultdict(list)
@@ -164,7 +156,9 @@ def dsg(path: Path) -> tuple[dict[str, object], list[str]]:
             if not hit:
                 missed.append(f"{row['tuple']}   <- {row['text'][:150]}")
         needs = {row["proposition_id"]: {p.strip() for p in row["dependency"].split(",")} - {"0", ""} for row in rows}
-        if is_cyclic(needs):
+        try:
+            TopologicalSorter(needs).prepare()
+        except CycleError:
             cyclic += 1
             continue
         gold = {(child, parent) for child, parents in needs.items() for parent in parents}

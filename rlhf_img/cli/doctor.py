@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from rlhf_img.cli import judge as options
 from rlhf_img.config import versions
 from rlhf_img.errors import RlhfImgError
 
@@ -26,15 +27,9 @@ VOTES = 8
 
 
 def doctor(
-    judge_url: Annotated[
-        str | None, typer.Option(help="The judge's OpenAI-compatible server, such as http://localhost:8000/v1.")
-    ] = None,
-    judge_model: Annotated[
-        str | None, typer.Option(help="The judge's model; without --judge-url it runs in this process.")
-    ] = None,
-    judge_key_env: Annotated[
-        str | None, typer.Option(help="The environment variable with the server's key.", metavar="NAME")
-    ] = None,
+    judge_url: options.Url = None,
+    judge_model: options.Model = None,
+    judge_key_env: options.KeyEnv = None,
     images: Annotated[int, typer.Option(help="How many rendered images the judge is asked about.", min=1)] = 32,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -42,8 +37,7 @@ def doctor(
 
     Example: rlhf-img doctor --judge-url http://localhost:8000/v1 --judge-model Qwen/Qwen3-VL-8B-Instruct
     """
-    if judge_url is not None and judge_model is None:
-        raise RlhfImgError("--judge-url needs --judge-model: the name that the server gives its model")
+    options.require_model(judge_model, judge_url)
     found = {"machine": _machine()}
     if judge_model is not None:
         found["judge"] = _judge(judge_model, judge_url, judge_key_env, images)

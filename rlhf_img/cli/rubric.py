@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.tree import Tree
 
 from rlhf_img import rubrics
+from rlhf_img.cli import judge as options
 from rlhf_img.errors import RlhfImgError
 from rlhf_img.rubrics.files import read_text
 
@@ -37,15 +38,9 @@ def decompose(
     decomposer: Annotated[
         Literal["grammar", "llm"], typer.Option(help="A grammar, at once and without a model; or a language model.")
     ] = "grammar",
-    judge_url: Annotated[
-        str | None, typer.Option(help="The model's OpenAI-compatible server, such as http://localhost:8000/v1.")
-    ] = None,
-    judge_model: Annotated[
-        str | None, typer.Option(help="The model that llm asks; without --judge-url it runs in this process.")
-    ] = None,
-    judge_key_env: Annotated[
-        str | None, typer.Option(help="The environment variable with the server's key.", metavar="NAME")
-    ] = None,
+    judge_url: options.Url = None,
+    judge_model: options.Model = None,
+    judge_key_env: options.KeyEnv = None,
     cache: Annotated[
         Path | None, typer.Option(help="A folder with a file for each prompt; files that you edit win.", metavar="DIR")
     ] = None,
@@ -60,11 +55,9 @@ def decompose(
     texts = [*(prompts or []), *(_read_prompts(prompts_file) if prompts_file else [])]
     if not texts:
         raise RlhfImgError("no prompt was given; expected one or more in quotes, or --prompts FILE")
-    from rlhf_img.judges import JudgeConfig, open_judge
-
-    judge = None
-    if judge_model is not None:
-        judge = open_judge(JudgeConfig(model=judge_model, url=judge_url, api_key_env=judge_key_env))
+    if decomposer == "grammar" and (judge_model or judge_url):
+        raise RlhfImgError("the grammar asks no judge; give --decomposer llm, or leave the judge out")
+    judge = options.open_given(judge_model, judge_url, judge_key_env)
     found = rubrics.decompose_all(texts, decomposer, judge=judge, cache=cache, say=partial(typer.echo, err=True))
     for text, result in zip(texts, found, strict=True):
         if result.uncovered:
@@ -184,14 +177,21 @@ def score(
     image: Annotated[Path, typer.Argument(help="A PNG, JPEG or WebP file.")],
     path: Annotated[Path, typer.Argument(help="A rubric file.", metavar="RUBRIC")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, a list with one result a rubric.")] = False,
+    judge_url: options.Url = None,
+    judge_model: options.Model = None,
+    judge_key_env: options.KeyEnv = None,
 ) -> None:
-    """Score an image with every rubric of a file.
+    """Score an image with every rubric of a file. A judge is asked what the checks cannot tell.
 
     Example: rlhf-img rubric score picture.png rubric.yaml --json
+
+    Example: rlhf-img rubric score picture.png rubric.yaml --judge-url http://localhost:8000/v1
+    --judge-model Qwen/Qwen3-VL-8B-Instruct
     """
     pixels = _read_image(image)
     loaded = rubrics.load_rubrics(path)
-    results = [rubrics.score(rubric, pixels) for rubric in loaded]
+    judge = options.open_given(judge_model, judge_url, judge_key_env)
+    results = rubrics.score_all(loaded, [pixels] * len(loaded), judge)
     if as_json:
         found = [{"prompt": r.prompt, **dataclasses.asdict(s)} for r, s in zip(loaded, results, strict=True)]
         typer.echo(json.dumps(found, indent=2))

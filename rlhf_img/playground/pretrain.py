@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLQwenImage, Krea2Pipeline
 from PIL import Image
+from rich.progress import track
 from torch import Tensor
 
 from rlhf_img.model.forward import use_native_gqa
@@ -144,7 +145,7 @@ def make_cache(pipe: Krea2Pipeline, config: PretrainConfig, work: Path) -> Cache
                  (pipe.vae.config.latents_mean, pipe.vae.config.latents_std))
     latents, by_length = [], defaultdict(list)
     with single_frame(pipe.vae):
-        for start in range(0, config.scenes, 128):
+        for start in track(range(0, config.scenes, 128), "latents and text features"):
             items = [example(i, wrong_captions=WRONG_CAPTIONS) for i in range(start, start + 128)]
             x = _pixels([e.image for e in items]).to(pipe.vae.device)
             z = (pipe.vae.encode(x[:, :, None]).latent_dist.mode()[:, :, 0] - mean) / std
@@ -218,6 +219,10 @@ def train_dit(pipe: Krea2Pipeline, cache: Cache, config: PretrainConfig, work: P
 def save(pipe: Krea2Pipeline, out: Path) -> None:
     """The stock folder, in bfloat16 (the norms stay float32)."""
     pipe.to("cpu", torch.bfloat16).save_pretrained(out)
+    for file in (out / "model_index.json", *out.glob("*/config.json")):
+        settings = json.loads(file.read_text())
+        settings.pop("_name_or_path", None)  # a folder of the machine that it was made on
+        file.write_text(json.dumps(settings, indent=2) + "\n")
     (out / SETTINGS_FILE).write_text(json.dumps({"default_size": SIZE}))
 
 

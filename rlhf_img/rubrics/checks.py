@@ -102,6 +102,13 @@ def _seen(analysis: Analysis) -> str:
     return "found " + (", ".join(_what(t) for t in analysis.things) or "nothing")
 
 
+def as_expected(score: float, requirement: Requirement) -> float:
+    """The score that something is there, or with `expect: absent` that it is not; at 0.5 it counts as there."""
+    if requirement.expect == "present":
+        return score
+    return min(1 - score, 0.49) if score >= 0.5 else 1 - score
+
+
 def check_object(requirement: Requirement, analysis: Analysis) -> CheckResult:
     """That at least one target is there, or with `expect: absent` none."""
     assert requirement.target is not None
@@ -111,10 +118,7 @@ def check_object(requirement: Requirement, analysis: Analysis) -> CheckResult:
     matches = _match(target, analysis)
     best = matches[0][0] if matches else 0.0
     hits = _boxes([t for s, t in matches if s >= 0.5])
-    if requirement.expect == "absent":
-        # at exactly 0.5 the thing counts as there
-        return CheckResult(score=min(1 - best, 0.49) if best >= 0.5 else 1 - best, evidence=_seen(analysis), boxes=hits)
-    return CheckResult(score=best, evidence=_seen(analysis), boxes=hits)
+    return CheckResult(score=as_expected(best, requirement), evidence=_seen(analysis), boxes=hits)
 
 
 def check_count(requirement: Requirement, analysis: Analysis) -> CheckResult:
@@ -229,9 +233,7 @@ def check_style(requirement: Requirement, analysis: Analysis) -> CheckResult:
             evidence = f"corners at {analysis.corner_shade:.0%} of the centre's brightness"
         case other:
             return _unknown(str(other), tuple(lexicon.STYLES))
-    if requirement.expect == "absent":
-        score = min(1 - score, 0.49) if score >= 0.5 else 1 - score
-    return CheckResult(score=score, evidence=evidence)
+    return CheckResult(score=as_expected(score, requirement), evidence=evidence)
 
 
 def _edits(a: str, b: str) -> int:

@@ -11,8 +11,8 @@ from rlhf_img.errors import RlhfImgError
 from rlhf_img.judges import Judge
 from rlhf_img.rubrics.files import dump_rubrics, load_rubrics
 from rlhf_img.rubrics.grammar import Decomposition, decompose
-from rlhf_img.rubrics.llm import LlmDecomposer, prompt_sha, template_version
-from rlhf_img.rubrics.schema import Rubric, Source
+from rlhf_img.rubrics.llm import LlmDecomposer, template_version
+from rlhf_img.rubrics.schema import Rubric, Source, prompt_sha
 
 log = logging.getLogger(__name__)
 

@@ -3,7 +3,6 @@
 No network and no model: phrases of a lexicon, well under a millisecond a prompt.
 """
 
-import hashlib
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -12,7 +11,7 @@ from rlhf_img.rubrics import lexicon
 from rlhf_img.rubrics.found import Parse
 from rlhf_img.rubrics.parser import parse_prompt
 from rlhf_img.rubrics.reading import Group
-from rlhf_img.rubrics.schema import Requirement, Rubric, Source
+from rlhf_img.rubrics.schema import Requirement, Rubric, Source, prompt_sha
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,11 +29,10 @@ def decompose(prompt: str) -> Decomposition:
     colour or size in their target ("red star", "blue star"). What is not understood is in `uncovered`, never dropped.
     """
     parse = parse_prompt(prompt)
-    digest = hashlib.sha256(prompt.encode()).hexdigest()[:12]
     rubric = Rubric(
         prompt=prompt,
         requirements=tuple(_requirements(parse)),
-        source=Source(decomposer="grammar", prompt_sha=digest),
+        source=Source(decomposer="grammar", prompt_sha=prompt_sha(prompt)),
     )
     return Decomposition(rubric=rubric, uncovered=tuple(parse.uncovered))
 

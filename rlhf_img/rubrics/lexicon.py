@@ -79,6 +79,7 @@ SIZE_SYNONYMS = {
     **dict.fromkeys(("big", "huge", "giant", "gigantic", "enormous", "massive"), "large"),
     "medium-sized": "medium",
 }
+SIZE_WORDS = frozenset((*SIZES, *SIZE_SYNONYMS))
 
 _ONE_TO_TWENTY = """one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen
     seventeen eighteen nineteen twenty"""
@@ -141,6 +142,7 @@ OTHER_RELATIONS = {
 """)},
 }  # fmt: skip
 """The same for relations that only a judge can see."""
+ALL_RELATIONS = {**RELATIONS, **OTHER_RELATIONS}
 POSITIONS = {
     **{f"{lead} the {side}": f"on the {side}" for lead in ("on", "to", "at") for side in ("left", "right")},
     **{f"{lead} the {side} side": f"on the {side}" for lead in ("on", "to", "at") for side in ("left", "right")},

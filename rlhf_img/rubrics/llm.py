@@ -10,7 +10,15 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from rlhf_img.judges import Judge, Message
 from rlhf_img.rubrics.grammar import Decomposition
-from rlhf_img.rubrics.schema import BUILTIN_CHECKS, NEEDED_FIELDS, OPTIONAL_FIELDS, Requirement, Rubric, Source
+from rlhf_img.rubrics.schema import (
+    BUILTIN_CHECKS,
+    NEEDED_FIELDS,
+    OPTIONAL_FIELDS,
+    Requirement,
+    Rubric,
+    Source,
+    prompt_sha,
+)
 
 TEMPLATE = "v1"
 ATTEMPTS = 3
@@ -75,11 +83,6 @@ class LlmDecomposer:
             self.rejected += 1
             return str(error)
         return Decomposition(rubric=rubric, uncovered=reply.uncovered)
-
-
-def prompt_sha(prompt: str) -> str:
-    """Short hash by which a prompt is found again."""
-    return hashlib.sha256(prompt.encode()).hexdigest()[:12]
 
 
 @lru_cache(maxsize=1)

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from rlhf_img.rubrics import lexicon, predicates
 from rlhf_img.rubrics.found import Parse, Question
-from rlhf_img.rubrics.reading import RELATIONS, Phrases, noun_phrase
+from rlhf_img.rubrics.reading import QUALITIES, RELATIONS, Phrases, noun_phrase
 from rlhf_img.rubrics.words import Part
 
 _STYLES = {**lexicon.STYLES, **lexicon.MEDIA}
@@ -16,7 +16,6 @@ _STYLE_PHRASES = Phrases(_STYLE_OF)
 _LOOKS = {phrase for style in lexicon.STYLES.values() for phrase in style.phrases}
 _STYLE_LEADS = Phrases(("with a", "with", "in a", "in", "a"))
 _ARTICLES = Phrases(("a", "an", "the", "a plain", "plain"))
-_RELATION_OF = {**lexicon.RELATIONS, **lexicon.OTHER_RELATIONS}
 _POSITIONS = Phrases(lexicon.POSITIONS)
 _NEGATIONS = Phrases(lexicon.NEGATIONS)
 _OR = Phrases(("or", "nor", "and no", "or any"))
@@ -24,7 +23,6 @@ _FRAMES = Phrases(lexicon.FRAMES)
 _TEXT_VERBS = Phrases(lexicon.TEXT_VERBS)
 _BACKGROUND_LEADS = Phrases(lexicon.BACKGROUND_LEADS)
 _IN_STYLE = Phrases(("in the style of", "in style of", "style of", "inspired by"))
-_QUALITIES = (Part.ADJECTIVE, Part.PAST, Part.ING)
 
 
 def parse_prompt(prompt: str) -> Parse:
@@ -103,7 +101,7 @@ def _background(parse: Parse) -> bool:
     return True
 
 
-_ENDS_A_COLOR = lexicon.SILENT | _RELATION_OF.keys()
+_ENDS_A_COLOR = lexicon.SILENT | lexicon.ALL_RELATIONS.keys()
 
 
 def _text(parse: Parse) -> bool:
@@ -184,10 +182,10 @@ def _look(parse: Parse) -> bool:
     while parse.part(parse.at) in (Part.ADJECTIVE, Part.ADVERB, Part.PAST):
         parse.at += 1
     words = parse.words[start : parse.at]
-    bare = {*lexicon.COLOR_WORDS, *lexicon.SIZES, *lexicon.SIZE_SYNONYMS}
+    bare = lexicon.COLOR_WORDS | lexicon.SIZE_WORDS
     if not words or not parse.ends() or parse.part(start - 1) is not Part.MARK or bare.intersection(words):
         return False
-    if not any(parse.part(place) in _QUALITIES for place in range(start, parse.at)) or words[0][0].isdigit():
+    if not any(parse.part(place) in QUALITIES for place in range(start, parse.at)) or words[0][0].isdigit():
         return False
     parse.questions.append(Question(about=None, says=f"Is the image {' '.join(words)}?"))
     return True

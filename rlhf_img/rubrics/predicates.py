@@ -7,7 +7,6 @@ from rlhf_img.rubrics.found import Parse, Question
 from rlhf_img.rubrics.reading import RELATIONS, NounPhrase, noun_phrase
 from rlhf_img.rubrics.words import Part, participle
 
-_RELATION_OF = {**lexicon.RELATIONS, **lexicon.OTHER_RELATIONS}
 _VERBS = (Part.VERB, Part.ING, Part.PAST)
 _OWN_OBJECT = frozenset((
     "with", "at", "through", "into", "to", "from", "towards", "for", "as", "of", "by", "against", "around", "like",
@@ -38,7 +37,7 @@ def relation(parse: Parse) -> bool:
         return False
     if look_noun(parse, other, start):
         return True
-    relation = _RELATION_OF[phrase]
+    relation = lexicon.ALL_RELATIONS[phrase]
     place = parse.add(other)
     after_text = parse.part(start - 2) is Part.QUOTE and parse.texts and parse.texts[-1][0] is None
     if after_text and relation in ("on", "above"):
@@ -57,7 +56,7 @@ _NOUNLIKE = (Part.NOUN, Part.PLURAL, Part.ADJECTIVE)
 
 def _also(parse: Parse, relation: str) -> None:
     """More objects of one relation, if the clause ends after them: "holding a cup and a book"."""
-    if (relation != "with" and relation in _RELATION_OF.values()) or not parse.relations:
+    if (relation != "with" and relation in lexicon.ALL_RELATIONS.values()) or not parse.relations:
         return
     start, phrases, joint = parse.at, [], ""
     while joint != "and" and (joint := parse.accept_mark_or_and()):

@@ -7,7 +7,7 @@ import inflect
 import numpy.typing as npt
 
 from rlhf_img.judges import Ask, Judge
-from rlhf_img.rubrics.checks import CheckResult
+from rlhf_img.rubrics.checks import CheckResult, as_expected
 from rlhf_img.rubrics.schema import Requirement
 
 _english = inflect.engine()
@@ -64,9 +64,6 @@ def ask_judge(judge: Judge, pairs: Sequence[tuple[Requirement, npt.NDArray[Any]]
         if answer.p_yes is None:
             results.append(CheckResult(score=None, evidence=f"{judge.id} did not answer {question!r}: {answer.reason}"))
             continue
-        score = answer.p_yes
-        if requirement.expect == "absent":
-            # at exactly 0.5 the thing counts as there
-            score = min(1 - score, 0.49) if score >= 0.5 else 1 - score
+        score = as_expected(answer.p_yes, requirement)
         results.append(CheckResult(score=score, evidence=f"{judge.id}: P(yes) {answer.p_yes:.2f} to {question!r}"))
     return results

@@ -62,13 +62,13 @@ class NounPhrase:
 NUMBERS = Phrases(lexicon.NUMBERS)
 QUANTITIES = Phrases(lexicon.QUANTITIES)
 COMPOUNDS = Phrases((*lexicon.COMPOUNDS, *(f"{phrase}s" for phrase in lexicon.COMPOUNDS)))
-RELATIONS = Phrases((*lexicon.RELATIONS, *lexicon.OTHER_RELATIONS))
+RELATIONS = Phrases(tuple(lexicon.ALL_RELATIONS))
 _NEVER_IN_A_NOUN_PHRASE = (
-    lexicon.COPULAS | lexicon.AUXILIARIES | lexicon.PRONOUNS | lexicon.SILENT | lexicon.RELATIONS.keys()
-    | lexicon.OTHER_RELATIONS.keys() | {"not", "n't", "no", "without", "where", "when", "there"}
+    lexicon.COPULAS | lexicon.AUXILIARIES | lexicon.PRONOUNS | lexicon.SILENT | lexicon.ALL_RELATIONS.keys()
+    | {"not", "n't", "no", "without", "where", "when", "there"}
 )  # fmt: skip
 _BEGINS_AN_OBJECT = {"a", "an", *lexicon.DETERMINERS}
-_QUALITIES = (Part.ADJECTIVE, Part.PAST, Part.ING)
+QUALITIES = (Part.ADJECTIVE, Part.PAST, Part.ING)
 _NOUNS = (Part.NOUN, Part.PLURAL)
 
 
@@ -139,7 +139,7 @@ def noun_phrase(reader: Reader) -> NounPhrase | None:
 def _owned(reader: Reader, owner: NounPhrase) -> NounPhrase | None:
     """What the noun phrase just read owns: "the cat's tail". A kind owns nothing: "a children's book"."""
     after = reader.at + 1
-    if reader.words[reader.at : after] != ["'s"] or reader.part(after) not in (*_NOUNS, *_QUALITIES):
+    if reader.words[reader.at : after] != ["'s"] or reader.part(after) not in (*_NOUNS, *QUALITIES):
         return None
     start, reader.at = reader.at, after
     thing = noun_phrase(reader)
@@ -179,7 +179,7 @@ def _end(reader: Reader, first: int, *, article: bool) -> int:
     at, has_noun, one = first, False, reader.words[first - 1 : first] in (["a"], ["an"], ["another"])
     while at < len(reader.tokens) and not (has_noun and RELATIONS.at(reader.words, at)):
         part, follows = reader.part(at), reader.part(at + 1)
-        nominal = follows in _NOUNS or follows in _QUALITIES or follows is Part.VERB
+        nominal = follows in _NOUNS or follows in QUALITIES or follows is Part.VERB
         # no verb agrees with "a teddy" but "bears": "a teddy bear"
         if part in _NOUNS or (part is Part.VERB and has_noun and one and not reader.words[at].endswith("s")):
             if has_noun and _is_predicate(reader, at, article=article, one=one):
@@ -198,7 +198,7 @@ def _end(reader: Reader, first: int, *, article: bool) -> int:
                 return at
             has_noun = True
         elif part is Part.ADVERB:
-            if follows not in _QUALITIES:
+            if follows not in QUALITIES:
                 # "on their back"
                 return at + 1 if article and at == first and not nominal else at
         elif part is Part.QUOTE or part in (Part.PAST, Part.ING):
@@ -213,10 +213,7 @@ def _end(reader: Reader, first: int, *, article: bool) -> int:
 def _may_name(reader: Reader, at: int) -> bool:
     """Whether a noun may stand here without an article: "monitor on desk", "under monitor"; not "to sit"."""
     before = reader.words[at - 1] if at else ""
-    return reader.part(at - 1) is Part.MARK or before in _RELATION_WORDS or before == "and"
-
-
-_RELATION_WORDS = lexicon.RELATIONS.keys() | lexicon.OTHER_RELATIONS.keys()
+    return reader.part(at - 1) is Part.MARK or before in lexicon.ALL_RELATIONS or before == "and"
 
 
 def _is_predicate(reader: Reader, at: int, *, article: bool, one: bool) -> bool:
@@ -236,11 +233,11 @@ def _joins_qualities(reader: Reader, at: int) -> bool:
     """Whether a comma or "and" stands between qualities of one noun: "red and blue flag", "a sleek, modern car"."""
     if at >= len(reader.tokens) or (reader.words[at] != "and" and reader.tokens[at].text != ","):
         return False
-    if reader.part(at - 1) not in _QUALITIES:
+    if reader.part(at - 1) not in QUALITIES:
         return False
     at += 2 if reader.words[at] != "and" and reader.words[at + 1 : at + 2] == ["and"] else 1
     start = at
-    while reader.part(at) in (*_QUALITIES, Part.ADVERB):
+    while reader.part(at) in (*QUALITIES, Part.ADVERB):
         at += 1
     return at > start and reader.part(at) in _NOUNS
 
@@ -261,11 +258,9 @@ def _noun_start(reader: Reader, first: int, end: int, *, article: bool) -> int |
         return None
     word, part = reader.words[end - 1], reader.part(end - 1)
     noun = (word in lexicon.COLORED_THINGS and article) or word in lexicon.MATERIALS or part is Part.VERB
-    other = article and part in (Part.ADJECTIVE, Part.ADVERB) and word not in lexicon.COLOR_WORDS and word not in _SIZES
+    plain = word not in lexicon.COLOR_WORDS and word not in lexicon.SIZE_WORDS
+    other = article and plain and part in (Part.ADJECTIVE, Part.ADVERB)
     return end - 1 if noun or other else None
-
-
-_SIZES = {*lexicon.SIZES, *lexicon.SIZE_SYNONYMS}
 
 
 def _qualities(reader: Reader, first: int, end: int) -> tuple[str | None, str | None, tuple[str, ...]]:
@@ -281,7 +276,7 @@ def _qualities(reader: Reader, first: int, end: int) -> tuple[str | None, str | 
         elif word in lexicon.COLOR_WORDS:
             colors.append(before + lexicon.COLOR_SYNONYMS.get(word, word))
             before = ""
-        elif word in _SIZES:
+        elif word in lexicon.SIZE_WORDS:
             sizes.append(lexicon.SIZE_SYNONYMS.get(word, word))
         elif part is Part.ADVERB:
             before = f"{before}{word} "

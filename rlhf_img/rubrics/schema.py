@@ -1,5 +1,6 @@
 """What a rubric may hold, and what its parts must agree on. Reading and writing files is in `files`."""
 
+import hashlib
 import re
 from importlib.metadata import entry_points
 from typing import Annotated, Literal
@@ -30,8 +31,10 @@ NEEDED_FIELDS: dict[str, tuple[str, ...]] = {
     "text": ("equals",),
     "vqa": ("ask",),
 }
+"""The arguments that each built-in check takes."""
 _ARGUMENTS = ("target", "equals", "subject", "is", "object", "ask")
 OPTIONAL_FIELDS: dict[str, tuple[str, ...]] = {"text": ("target",), "vqa": ("target",)}
+"""Those that it may take besides."""
 
 Id = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -121,6 +124,11 @@ class Gate(_Model):
     reward: str
     below: float
     cap: Fraction
+
+
+def prompt_sha(prompt: str) -> str:
+    """Short hash by which a prompt is found again."""
+    return hashlib.sha256(prompt.encode()).hexdigest()[:12]
 
 
 class Source(_Model):

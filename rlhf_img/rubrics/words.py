@@ -115,7 +115,7 @@ def _tags() -> dict[str, Part]:
 _OWN_PARTS = {
     **dict.fromkeys(lexicon.DETERMINERS, Part.DETERMINER),
     **dict.fromkeys(lexicon.COLOR_WORDS, Part.ADJECTIVE),
-    **dict.fromkeys((*lexicon.SIZES, *lexicon.SIZE_SYNONYMS), Part.ADJECTIVE),
+    **dict.fromkeys(lexicon.SIZE_WORDS, Part.ADJECTIVE),
     **dict.fromkeys(lexicon.NOUNS_IN_ING, Part.NOUN),
     **dict.fromkeys(lexicon.GERUND_MODIFIERS, Part.NOUN),
     **dict.fromkeys(" ".join(lexicon.SHAPE_SYNONYMS).split(), Part.NOUN),
