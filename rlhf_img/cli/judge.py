@@ -14,7 +14,7 @@ Url = Annotated[
 ]
 Model = Annotated[
     str | None,
-    typer.Option("--judge-model", help="The judge's model; without --judge-url it runs in this process."),
+    typer.Option("--judge-model", help='Its model; without --judge-url a folder, hub id or "playground", run here.'),
 ]
 KeyEnv = Annotated[
     str | None,

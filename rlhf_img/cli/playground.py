@@ -71,3 +71,33 @@ def pretrain(
     make(config, work, out, start)
     write_card(out, config, measure(out))
     typer.echo(out / "README.md")
+
+
+@app.command("train-judge")
+def train_judge(
+    out: Annotated[Path, typer.Option(help="The folder to write; give it to --judge-model.")] = Path(
+        "playground-judge"
+    ),
+    work: Annotated[Path, typer.Option(help="Images and checkpoints; a killed run goes on from here.")] = Path(
+        "runs/judge"
+    ),
+    steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps [default: as for the shipped one].")] = None,
+    seed: Annotated[int, typer.Option(help="Of weights, images and batches.")] = 0,
+) -> None:
+    """Make the playground's judge: a small vision-language model that answers yes/no questions about its images.
+
+    Then it is measured against the exact checks, and its card written. About half an hour on two CPU cores; run it
+    again to go on after an interruption.
+
+    Example: rlhf-img playground train-judge --out my-judge && rlhf-img doctor --judge-model my-judge
+    """
+    from rlhf_img.training.judge import JudgeTraining
+    from rlhf_img.training.judge import train_judge as make
+    from rlhf_img.training.judge_card import measure_judge, write_judge_card
+
+    config = JudgeTraining(seed=seed)
+    if steps is not None:
+        config = replace(config, fit=replace(config.fit, steps=steps))
+    make(config, work, out)
+    write_judge_card(out, config, measure_judge(out))
+    typer.echo(out / "README.md")

@@ -2,6 +2,8 @@
 
 import time
 from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +31,9 @@ from rlhf_img.judges.protocol import (
     verdict_of,
 )
 
+PLAYGROUND = "playground"
+"""The name of the judge of the playground's images that comes with the package."""
+
 
 class LocalJudge:
     """Asks in batches of `concurrency`. The schema of a conversation is not enforced; who asks must check the reply."""
@@ -52,11 +57,12 @@ class LocalJudge:
 
     @classmethod
     def load(cls, config: JudgeConfig) -> "LocalJudge":
-        """From a folder or the hub, on a GPU if there is one. Raises RlhfImgError if it is no such model."""
+        """From a folder, the hub or the package, on a GPU if there is one. RlhfImgError if it is no such model."""
         device = "cuda" if torch.cuda.is_available() else "cpu"
+        name = _playground_folder() if config.model == PLAYGROUND else config.model
         try:
-            model = AutoModelForImageTextToText.from_pretrained(config.model, dtype="auto").to(device)
-            processor = _load_processor(config.model)
+            model = AutoModelForImageTextToText.from_pretrained(name, dtype="auto").to(device)
+            processor = _load_processor(name)
         except (OSError, ValueError) as error:
             raise RlhfImgError(
                 f"the judge {config.model} cannot be loaded: {error}. Give a folder or the name of a model that looks "
@@ -135,3 +141,13 @@ def _load_processor(name: str) -> Any:
         images = AutoImageProcessor.from_pretrained(name, backend="pil")
         return QwenProcessor(images, AutoTokenizer.from_pretrained(name))
     return AutoProcessor.from_pretrained(name, backend="pil")
+
+
+def _playground_folder() -> str:
+    folder = Path(str(resources.files("rlhf_img"))) / "playground" / "judge"
+    if not (folder / "config.json").is_file():
+        raise RlhfImgError(
+            "the playground's judge is not in this installation; make it with rlhf-img playground train-judge --out "
+            "FOLDER, and give FOLDER as the judge's model"
+        )
+    return str(folder)

@@ -28,7 +28,8 @@ class JudgeConfig:
     """Which judge, how it is asked, and how much failure it is allowed."""
 
     model: str
-    """What the server calls the model; without `url`, the folder or name that transformers loads it from."""
+    """What the server calls the model; without `url`, the folder or name that transformers loads it from, or
+    "playground" for the package's own judge of the playground's images."""
     url: str | None = None
     """An OpenAI-compatible server, such as http://localhost:8000/v1. null: the model runs in this process."""
     api_key_env: str | None = None

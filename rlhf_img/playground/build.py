@@ -1,6 +1,6 @@
 """The stock classes of a Krea 2 pipeline, in small: configs that `Krea2Pipeline.from_pretrained` reads unchanged."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from diffusers import (
@@ -32,6 +32,22 @@ def build_tokenizer(captions: Iterable[str]) -> PreTrainedTokenizerFast:
     The template's words become whole tokens, so its prefix is 34 tokens and its suffix 5, as with Qwen's own
     vocabulary; a word that no caption holds falls back to bytes.
     """
+    template = (PREFIX + SUFFIX).replace("<|im_start|>", "").replace("<|im_end|>", "")
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=train_bpe([*captions, *[template] * 200], SPECIAL, min_frequency=20),
+        pad_token="<|endoftext|>",
+        eos_token="<|im_end|>",
+        additional_special_tokens=list(SPECIAL[1:]),
+        padding_side="right",
+        model_max_length=2048,
+    )
+    lengths = len(fast(PREFIX).input_ids), len(fast(SUFFIX).input_ids)
+    assert lengths == (34, 5), f"the template has {lengths} tokens; Krea 2's has (34, 5)"
+    return fast
+
+
+def train_bpe(texts: Iterable[str], special: Sequence[str], min_frequency: int) -> Tokenizer:
+    """A byte-level BPE of at most 1024 tokens with Qwen's pre-tokenisation; the `special` tokens come first."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -42,24 +58,13 @@ def build_tokenizer(captions: Iterable[str]) -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=1024,
-        min_frequency=20,
-        special_tokens=list(SPECIAL),
+        min_frequency=min_frequency,
+        special_tokens=list(special),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    template = (PREFIX + SUFFIX).replace("<|im_start|>", "").replace("<|im_end|>", "")
-    tokenizer.train_from_iterator([*captions, *[template] * 200], trainer)
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<|endoftext|>",
-        eos_token="<|im_end|>",
-        additional_special_tokens=list(SPECIAL[1:]),
-        padding_side="right",
-        model_max_length=2048,
-    )
-    lengths = len(fast(PREFIX).input_ids), len(fast(SUFFIX).input_ids)
-    assert lengths == (34, 5), f"the template has {lengths} tokens; Krea 2's has (34, 5)"
-    return fast
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
 
 
 def build_text_encoder(vocab_size: int) -> Qwen3VLModel:
