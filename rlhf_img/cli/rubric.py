@@ -14,12 +14,15 @@ from rich.tree import Tree
 
 from rlhf_img import rubrics
 from rlhf_img.cli import judge as options
+from rlhf_img.config import from_mapping
 from rlhf_img.errors import RlhfImgError
 from rlhf_img.rubrics.files import read_text
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
+
+    from rlhf_img.rubrics.detector import Detector
 
 app = typer.Typer(
     help="Prompts as verifiable requirements: new, decompose, lint, show, score.",
@@ -180,18 +183,28 @@ def score(
     judge_url: options.Url = None,
     judge_model: options.Model = None,
     judge_key_env: options.KeyEnv = None,
+    detector: Annotated[
+        str | None,
+        typer.Option(help="A folder or the name of an OWLv2, OWL-ViT or Grounding DINO, asked before the judge."),
+    ] = None,
+    detector_threshold: Annotated[
+        float | None, typer.Option(help="Score in (0, 1) from which on one of its boxes is the thing.")
+    ] = None,
 ) -> None:
-    """Score an image with every rubric of a file. A judge is asked what the checks cannot tell.
+    """Score an image with every rubric of a file. A detector and a judge are asked what the checks cannot tell.
 
     Example: rlhf-img rubric score picture.png rubric.yaml --json
 
     Example: rlhf-img rubric score picture.png rubric.yaml --judge-url http://localhost:8000/v1
     --judge-model Qwen/Qwen3-VL-8B-Instruct
+
+    Example: rlhf-img rubric score picture.png rubric.yaml --detector google/owlv2-base-patch16-ensemble
     """
     pixels = _read_image(image)
     loaded = rubrics.load_rubrics(path)
     judge = options.open_given(judge_model, judge_url, judge_key_env)
-    results = rubrics.score_all(loaded, [pixels] * len(loaded), judge)
+    finder = _open_detector(detector, detector_threshold)
+    results = rubrics.score_all(loaded, [pixels] * len(loaded), judge, finder)
     if as_json:
         found = [{"prompt": r.prompt, **dataclasses.asdict(s)} for r, s in zip(loaded, results, strict=True)]
         typer.echo(json.dumps(found, indent=2))
@@ -199,6 +212,17 @@ def score(
     console = Console()
     for rubric, result in zip(loaded, results, strict=True):
         console.print(_score_table(rubric.prompt, result))
+
+
+def _open_detector(model: str | None, threshold: float | None) -> "Detector | None":
+    if model is None:
+        if threshold is not None:
+            raise RlhfImgError("--detector-threshold needs --detector: the model whose boxes it is for")
+        return None
+    from rlhf_img.rubrics.detector import DetectorConfig, open_detector
+
+    settings = {"model": model} | ({} if threshold is None else {"threshold": threshold})
+    return open_detector(from_mapping(DetectorConfig, settings, "detector"))
 
 
 def _read_image(path: Path) -> "npt.NDArray[np.uint8]":

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rlhf_img.rubrics.checks import Check, CheckResult, find_check
     from rlhf_img.rubrics.decomposers import decompose_all
+    from rlhf_img.rubrics.detector import Detection, Detector, DetectorConfig, open_detector
     from rlhf_img.rubrics.files import Finding, dump_rubrics, load_rubrics, parse_rubrics
     from rlhf_img.rubrics.grammar import Decomposition, decompose
     from rlhf_img.rubrics.linter import lint
@@ -33,6 +34,10 @@ _HOME = {
     "Decomposition": "grammar",
     "decompose": "grammar",
     "decompose_all": "decomposers",
+    "Detection": "detector",
+    "Detector": "detector",
+    "DetectorConfig": "detector",
+    "open_detector": "detector",
     "lint": "linter",
     "Aggregate": "schema",
     "Gate": "schema",
@@ -57,6 +62,9 @@ __all__ = [
     "Check",
     "CheckResult",
     "Decomposition",
+    "Detection",
+    "Detector",
+    "DetectorConfig",
     "Finding",
     "Gate",
     "Requirement",
@@ -72,6 +80,7 @@ __all__ = [
     "find_check",
     "lint",
     "load_rubrics",
+    "open_detector",
     "parse_rubrics",
     "score",
     "score_all",

@@ -85,7 +85,7 @@ def _boxes(things: Sequence[Thing]) -> tuple[Box, ...]:
     return tuple(t.box for t in things)
 
 
-def _all_of(scores: Sequence[float]) -> float:
+def all_of(scores: Sequence[float]) -> float:
     """0.5 or more if and only if every score is; the mean where all pass, at most its half where one fails."""
     if not scores:
         return 0.0
@@ -121,6 +121,16 @@ def check_object(requirement: Requirement, analysis: Analysis) -> CheckResult:
     return CheckResult(score=as_expected(best, requirement), evidence=_seen(analysis), boxes=hits)
 
 
+def count_score(scores: Sequence[float], wanted: int) -> float:
+    """0.5 or more if and only if just `wanted` of the scores, each in [0, 1], are.
+
+    Above, the mean distance of the scores from 0.5; below, how far their sum is off.
+    """
+    if sum(s >= 0.5 for s in scores) == wanted:
+        return 0.5 + 0.5 * (float(np.abs(2 * np.array(scores) - 1).mean()) if scores else 1.0)
+    return 0.5 * float(np.exp(-max(abs(sum(scores) - wanted), 0.1)))
+
+
 def check_count(requirement: Requirement, analysis: Analysis) -> CheckResult:
     """That there are exactly `equals` targets; things that are nearly the target count in part below 0.5."""
     assert requirement.target is not None and isinstance(requirement.equals, int)
@@ -128,14 +138,8 @@ def check_count(requirement: Requirement, analysis: Analysis) -> CheckResult:
     if target is None:
         return _unknown(requirement.target, tuple(OUTLINES))
     matches = _match(target, analysis)
-    scores = np.array([s for s, _ in matches])
+    score = count_score([s for s, _ in matches], requirement.equals)
     hits = _boxes([t for s, t in matches if s >= 0.5])
-    if len(hits) == requirement.equals:
-        certainty = float(np.abs(2 * scores - 1).mean()) if len(scores) else 1.0
-        score = 0.5 + 0.5 * certainty
-    else:
-        missed = max(abs(float(scores.sum()) - requirement.equals), 0.1)
-        score = 0.5 * float(np.exp(-missed))
     return CheckResult(score=score, evidence=f"{len(hits)} of {requirement.equals}", boxes=hits)
 
 
@@ -148,7 +152,7 @@ def check_color(requirement: Requirement, analysis: Analysis) -> CheckResult:
     if not knows(color):
         return _unknown(color, tuple(lexicon.COLORS))
     things = _found(target, analysis)
-    score = _all_of([color_score(t.rgb, color) for t in things])
+    score = all_of([color_score(t.rgb, color) for t in things])
     return CheckResult(score=score, evidence=_seen(analysis), boxes=_boxes(things))
 
 
@@ -170,13 +174,15 @@ def check_size(requirement: Requirement, analysis: Analysis) -> CheckResult:
         return _unknown(size, tuple(lexicon.SIZES))
     things = _found(target, analysis)
     radii = ", ".join(f"{t.radius:.0%}" for t in things)
-    score = _all_of([_size_score(t, size) for t in things])
+    score = all_of([_size_score(t, size) for t in things])
     return CheckResult(score=score, evidence=f"radius {radii or '-'} of the side", boxes=_boxes(things))
 
 
-def _relation_score(subject: Thing, relation: str, other: Thing) -> float:
-    """0.5 where the direction is 53 degrees off, or the two are 12 % of the side apart along the relation's axis."""
-    dx, dy = other.x - subject.x, other.y - subject.y
+def relation_score(relation: str, dx: float, dy: float) -> float:
+    """0.5 where the direction is 53 degrees off, or the two are 12 % of the side apart along the relation's axis.
+
+    dx, dy: from the subject's centre to the other's, to the right and down, as fractions of the longer side.
+    """
     along, off = (dx, dy) if relation in ("left of", "right of") else (dy, dx)
     if relation in ("right of", "below"):
         along = -along
@@ -197,7 +203,7 @@ def check_relation(requirement: Requirement, analysis: Analysis) -> CheckResult:
             return _unknown(name, tuple(OUTLINES))
     subjects, others = (_found(cast(_Target, t), analysis) for t in targets)
     pairs = [(a, b) for a in subjects for b in others if a is not b]
-    score = _all_of([_relation_score(a, relation, b) for a, b in pairs])
+    score = all_of([relation_score(relation, b.x - a.x, b.y - a.y) for a, b in pairs])
     return CheckResult(score=score, evidence=_seen(analysis), boxes=_boxes([*subjects, *others]))
 
 

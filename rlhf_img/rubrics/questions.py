@@ -48,15 +48,19 @@ def _bearer(requirement: Requirement) -> str:
     return f"the {requirement.target}" if requirement.target else "the image"
 
 
-def ask_judge(judge: Judge, pairs: Sequence[tuple[Requirement, npt.NDArray[Any]]]) -> list[CheckResult]:
-    """A result for each requirement and image. P(yes) is the score, its complement with `expect: absent` (VQAScore,
-    Lin et al. 2024, of one requirement at a time). A judge that fails leaves it unscored; the evidence says why.
+def ask_judge(
+    judge: Judge, images: Sequence[npt.NDArray[Any]], questions: Sequence[tuple[int, Requirement]]
+) -> list[CheckResult]:
+    """A result for each requirement of an image, given by its place in `images`, uint8 (H, W, 3), RGB.
+
+    P(yes) is the score, its complement with `expect: absent` (VQAScore, Lin et al. 2024, of one requirement at a
+    time). A judge that fails leaves it unscored; the evidence says why.
     """
-    questions = [question_of(requirement) for requirement, _ in pairs]
-    asks = [Ask(image=image, question=q) for (_, image), q in zip(pairs, questions, strict=True) if q is not None]
+    texts = [question_of(requirement) for _, requirement in questions]
+    asks = [Ask(image=images[at], question=q) for (at, _), q in zip(questions, texts, strict=True) if q is not None]
     answers = iter(judge.ask(asks) if asks else [])
     results = []
-    for (requirement, _), question in zip(pairs, questions, strict=True):
+    for (_, requirement), question in zip(questions, texts, strict=True):
         if question is None:
             results.append(CheckResult(score=None, evidence=f"no question is known for the check {requirement.check}"))
             continue

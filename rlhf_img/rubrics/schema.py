@@ -49,8 +49,8 @@ class Requirement(_Model):
 
     `equals` is a whole number for `count` and a string elsewhere. `needs` are ids of requirements without which
     this one means nothing: its score is capped by theirs. `permits` are artifact classes that are asked for here.
-    `via` says who scores: the check itself (`cv`, `ocr`) or a judge (`vlm`). Without it the check does, and a judge,
-    if there is one, where the check cannot tell.
+    `via` says who scores: the check itself (`cv`, `ocr`), an object detector (`detector`) or a judge (`vlm`). Without
+    it the check does; where it cannot tell a detector, if there is one; and where that cannot either a judge.
     """
 
     id: Id
@@ -69,7 +69,7 @@ class Requirement(_Model):
     weight: Annotated[float, Field(gt=0)] = 1.0
     permits: tuple[str, ...] = ()
     extra_text: Literal["penalize", "ignore"] = "penalize"
-    via: Literal["cv", "ocr", "vlm"] | None = None
+    via: Literal["cv", "ocr", "detector", "vlm"] | None = None
 
     @model_validator(mode="after")
     def _arguments_fit_check(self) -> "Requirement":

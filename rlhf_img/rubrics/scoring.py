@@ -1,8 +1,9 @@
 """From a rubric and an image to one total, with the score and the evidence of every requirement."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,9 +12,13 @@ import numpy.typing as npt
 from rlhf_img.errors import RlhfImgError
 from rlhf_img.judges import Judge
 from rlhf_img.rubrics.checks import Check, CheckResult, find_check
+from rlhf_img.rubrics.detector import Detector, ask_detector
 from rlhf_img.rubrics.questions import ask_judge
 from rlhf_img.rubrics.schema import Aggregate, Requirement, Rubric
 from rlhf_img.rubrics.vision import Analysis, Box, analyze
+
+_MODELS = {"vlm": "a judge", "detector": "a detector"}
+"""Values of `via` for which a model scores in place of the check."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,21 +57,36 @@ def score(rubric: Rubric, image: npt.NDArray[Any], checks: Mapping[str, Check] |
 
 
 def score_all(
-    rubrics: Sequence[Rubric], images: Sequence[npt.NDArray[Any]], judge: Judge | None = None
+    rubrics: Sequence[Rubric],
+    images: Sequence[npt.NDArray[Any]],
+    judge: Judge | None = None,
+    detector: Detector | None = None,
 ) -> list[RubricResult]:
-    """As `score`, of each image with its rubric. What the checks leave unscored, the judge is asked, all at once."""
+    """As `score`, of each image with its rubric. What the checks leave unscored, the detector is asked, all at once;
+    then the judge, what the detector leaves. `via` says if one of them alone is to score."""
     raw = [_run_checks(rubric, image, {}) for rubric, image in zip(rubrics, images, strict=True)]
+    if detector is not None:
+        _fill(raw, rubrics, "detector", partial(ask_detector, detector, images))
     if judge is not None:
-        open_questions = [
-            (place, requirement)
-            for place, rubric in enumerate(rubrics)
-            for requirement in rubric.requirements
-            if raw[place][requirement.id].score is None and requirement.via not in ("cv", "ocr")
-        ]
-        answers = ask_judge(judge, [(requirement, images[place]) for place, requirement in open_questions])
-        for (place, requirement), answer in zip(open_questions, answers, strict=True):
-            raw[place][requirement.id] = answer
+        _fill(raw, rubrics, "vlm", partial(ask_judge, judge, images))
     return [_result(rubric, checked) for rubric, checked in zip(rubrics, raw, strict=True)]
+
+
+def _fill(
+    raw: Sequence[dict[str, CheckResult]],
+    rubrics: Sequence[Rubric],
+    via: str,
+    ask: Callable[[Sequence[tuple[int, Requirement]]], list[CheckResult]],
+) -> None:
+    """Put the answers of `ask` where there is no score yet and `via` lets it answer."""
+    left = [
+        (place, requirement)
+        for place, rubric in enumerate(rubrics)
+        for requirement in rubric.requirements
+        if raw[place][requirement.id].score is None and requirement.via in (None, via)
+    ]
+    for (place, requirement), answer in zip(left, ask(left), strict=True):
+        raw[place][requirement.id] = answer
 
 
 def _run_checks(rubric: Rubric, image: npt.NDArray[Any], checks: Mapping[str, Check]) -> dict[str, CheckResult]:
@@ -100,8 +120,9 @@ def _result(rubric: Rubric, raw: Mapping[str, CheckResult]) -> RubricResult:
 
 
 def _run(requirement: Requirement, analysis: Analysis, checks: Mapping[str, Check]) -> CheckResult:
-    if requirement.via == "vlm":
-        return CheckResult(score=None, evidence="via: vlm needs a judge; none was given")
+    if requirement.via in _MODELS:
+        needed = _MODELS[requirement.via]
+        return CheckResult(score=None, evidence=f"via: {requirement.via} needs {needed}; none was given")
     check = checks[requirement.check] if requirement.check in checks else find_check(requirement.check)
     result = check(requirement, analysis)
     if not isinstance(result, CheckResult):
