@@ -18,7 +18,11 @@ from rlhf_img.model.loading import Model
 from rlhf_img.model.policy import LoRAConfig, Policy, make_policy
 from rlhf_img.training.preflight import check_ratios
 
-CONFIG = GRPOConfig(prompts=3, group=2, num_steps=4, window=2, clip=1e-3, kl=0.0, lr=1e-2)
+CONFIG = GRPOConfig(
+    prompts=3, group=2, num_steps=4, likelihood="steps", window=2, clip=1e-3, kl=0.0, reference_guidance=0.0, lr=1e-2
+)
+FORWARD = dataclasses.replace(CONFIG, likelihood="forward", draws=2)
+both = pytest.mark.parametrize("config", [CONFIG, FORWARD], ids=["steps", "forward"])
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +39,10 @@ def world() -> tuple[Model, Policy, Conditioner]:
 def rolled(world: tuple[Model, Policy, Conditioner], config: GRPOConfig = CONFIG, seed: int = 5) -> grpo.Rollout:
     model, policy, conditioner = world
     return grpo.rollout(model, policy, conditioner, PROMPTS[: config.prompts], config, seed)
+
+
+def steps_of(batch: grpo.Batch) -> list[grpo.Step]:
+    return [term for term in batch.terms if isinstance(term, grpo.Step)]
 
 
 def gradients(policy: Policy) -> dict[str, Tensor]:
@@ -81,8 +89,10 @@ def test_guarded_ratio_is_centred_where_the_plain_one_is_biased() -> None:
     assert log_ratio.mean().item() == pytest.approx(-(0.4**2) / (2 * std**2), abs=0.02)
 
 
-def test_ratio_is_one_before_any_step(world: tuple[Model, Policy, Conditioner]) -> None:
-    assert check_ratios(world[1], rolled(world), CONFIG) == 0.0
+@both
+def test_ratio_is_one_before_any_step(world: tuple[Model, Policy, Conditioner], config: GRPOConfig) -> None:
+    config = dataclasses.replace(config, updates=2)  # so that the old log-probabilities are kept
+    assert check_ratios(world[1], rolled(world, config), config) == 0.0
 
 
 @pytest.mark.parametrize("step", ["cps", "flow_sde", "dance"])
@@ -96,26 +106,44 @@ def test_rollouts_repeat_to_the_bit_and_differ_by_seed(world: tuple[Model, Polic
 def test_shared_noise_differs_only_by_the_window(world: tuple[Model, Policy, Conditioner]) -> None:
     sampled = rolled(world, dataclasses.replace(CONFIG, shared_noise=True))
     for batch in sampled.batches:
-        start = batch.visited_WBNC[0].unflatten(0, (-1, CONFIG.group))
-        end = batch.visited_WBNC[-1].unflatten(0, (-1, CONFIG.group))
+        start = batch.terms[0].x_BNC.unflatten(0, (-1, CONFIG.group))
+        end = steps_of(batch)[-1].x_next_BNC.unflatten(0, (-1, CONFIG.group))
         assert torch.allclose(start[:, 0], start[:, 1], atol=1e-5)
         assert (end[:, 0] - end[:, 1]).abs().amax() > 0.1
 
 
-def test_equal_rewards_give_no_gradient(world: tuple[Model, Policy, Conditioner]) -> None:
-    for gradient in loss_gradients(world, rolled(world), torch.zeros(6)).values():
+def test_draws_share_noise_within_a_group_alone(world: tuple[Model, Policy, Conditioner]) -> None:
+    sampled = rolled(world, FORWARD)
+    noise = torch.zeros(FORWARD.draws, 6, *sampled.latents().shape[1:])
+    for batch in sampled.batches:
+        for k, term in enumerate(batch.terms):
+            assert isinstance(term, grpo.Draw) and k <= term.sigma / FORWARD.max_sigma * FORWARD.draws < k + 1
+            noise[k, batch.rows_B] = term.target_BNC + batch.final_BNC
+            noised = (1 - term.sigma) * batch.final_BNC + term.sigma * noise[k, batch.rows_B]
+            torch.testing.assert_close(term.x_BNC, noised, atol=1e-5, rtol=1e-5)
+    of_groups = noise.unflatten(1, (3, 2))
+    torch.testing.assert_close(of_groups[:, :, 0], of_groups[:, :, 1], atol=1e-5, rtol=1e-5)
+    assert (of_groups[:, 0, 0] - of_groups[:, 1, 0]).abs().mean() > 0.5
+    assert (sampled.latents()[0] - sampled.latents()[1]).abs().mean() > 0.1  # their images differ all the same
+
+
+@both
+def test_equal_rewards_give_no_gradient(world: tuple[Model, Policy, Conditioner], config: GRPOConfig) -> None:
+    for gradient in loss_gradients(world, rolled(world, config), torch.zeros(6), config).values():
         assert not gradient.any()
 
 
-def test_a_step_makes_good_steps_likelier_and_bad_ones_less_likely() -> None:
+@both
+def test_an_update_makes_what_was_good_likelier_and_what_was_bad_less_likely(config: GRPOConfig) -> None:
+    config = dataclasses.replace(config, updates=2)
     model = tiny_model()
     policy = make_policy(model.transformer, LoRAConfig(rank=4, alpha=4.0), seed=0)
-    sampled = rolled((model, policy, Conditioner(model)))
+    sampled = rolled((model, policy, Conditioner(model)), config)
     advantages = torch.tensor([1.0, -1.0] * 3)
     optimizer = torch.optim.SGD(list(policy.parameters.values()), lr=1e-3)
-    grpo.update(policy, optimizer, sampled, advantages, CONFIG)
+    grpo.update(policy, optimizer, sampled, advantages, config)
     gain = torch.zeros(6)
-    for item in grpo.replay(policy, sampled, CONFIG):
+    for item in grpo.replay(policy, sampled, config):
         gain[item.rows_B] += item.log_ratio_B.detach()
     assert (gain * advantages).sum() > 0
 
@@ -129,9 +157,9 @@ def test_gradient_is_that_of_a_slow_loop_from_the_papers(world: tuple[Model, Pol
     total = torch.zeros(())
     for batch in sampled.batches:
         for b, row in enumerate(batch.rows_B):
-            for k, i in enumerate(sampled.window):
-                s, s_next = sampled.levels[i], sampled.levels[i + 1]
-                x, x_next = batch.visited_WBNC[k][b : b + 1], batch.visited_WBNC[k + 1][b : b + 1]
+            for term in steps_of(batch):
+                s, s_next = term.sigma, term.sigma_next
+                x, x_next = term.x_BNC[b : b + 1], term.x_next_BNC[b : b + 1]
                 args = x, torch.tensor(s), batch.text_BLD[b : b + 1], sampled.grid
                 std = s_next * math.sin(config.eta * math.pi / 2)
                 with policy.acting() as transformer:
@@ -152,18 +180,52 @@ def test_gradient_is_that_of_a_slow_loop_from_the_papers(world: tuple[Model, Pol
         torch.testing.assert_close(fast[name], slow, rtol=1e-3, atol=1e-6)
 
 
-def test_gradient_does_not_depend_on_the_batch_split(world: tuple[Model, Policy, Conditioner]) -> None:
+def test_forward_gradient_is_that_of_a_slow_loop_from_the_paper(world: tuple[Model, Policy, Conditioner]) -> None:
+    policy = world[1]
+    config = dataclasses.replace(FORWARD, kl=0.1, reference_guidance=2.0)
+    sampled, advantages = rolled(world, config), torch.tensor([1.0, -1.0, 0.5, -0.5, 2.0, -2.0])
+    (empty,) = world[2].encode([""])
+    fast = loss_gradients(world, sampled, advantages, config)
+
+    total = torch.zeros(())
+    for batch in sampled.batches:
+        for b, row in enumerate(batch.rows_B):
+            for term in batch.terms:
+                x0, s = batch.final_BNC[b : b + 1], term.sigma
+                eps = (term.x_BNC[b : b + 1] - (1 - s) * x0) / s
+                args = term.x_BNC[b : b + 1], torch.tensor(s), batch.text_BLD[b : b + 1], sampled.grid
+                with policy.acting() as transformer:
+                    v = velocity(transformer, *args)
+                with policy.reference() as reference:
+                    conditional = velocity(reference, *args)
+                    unconditional = velocity(reference, *args[:2], empty[None], sampled.grid)
+                v_ref = 3 * conditional - 2 * unconditional
+                # on policy, the gradient of -A exp(log p - log p_old) is that of A |v - (eps - x0)|^2
+                weighted = advantages[row] * ((v - (eps - x0)) ** 2).mean()
+                total = total + weighted + config.kl * ((v - v_ref) ** 2).mean()
+    policy_grads = torch.autograd.grad(total / 12, list(policy.parameters.values()))
+    for name, slow in zip(policy.parameters, policy_grads, strict=True):
+        torch.testing.assert_close(fast[name], slow, rtol=2e-3, atol=1e-5)
+
+
+@both
+def test_gradient_does_not_depend_on_the_batch_split(
+    world: tuple[Model, Policy, Conditioner], config: GRPOConfig
+) -> None:
+    def part(value: object, b: int) -> object:
+        return value[b : b + 1] if isinstance(value, Tensor) else value
+
+    def cut(term: grpo.Step | grpo.Draw, b: int) -> grpo.Step | grpo.Draw:
+        return dataclasses.replace(term, **{f.name: part(getattr(term, f.name), b) for f in dataclasses.fields(term)})
+
     advantages = torch.tensor([1.0, -1.0, 0.5, -0.5, 2.0, -2.0])
-    whole = rolled(world)
+    whole = rolled(world, config)
     split = dataclasses.replace(whole, batches=[
-        dataclasses.replace(
-            batch, rows_B=[row], text_BLD=batch.text_BLD[b : b + 1], visited_WBNC=batch.visited_WBNC[:, b : b + 1],
-            mean_WBNC=batch.mean_WBNC[:, b : b + 1], logp_WB=batch.logp_WB[:, b : b + 1],
-            final_BNC=batch.final_BNC[b : b + 1],
-        )
+        grpo.Batch(rows_B=[row], text_BLD=batch.text_BLD[b : b + 1], terms=[cut(term, b) for term in batch.terms],
+                   final_BNC=batch.final_BNC[b : b + 1])
         for batch in whole.batches for b, row in enumerate(batch.rows_B)
     ])  # fmt: skip
-    one, other = loss_gradients(world, whole, advantages), loss_gradients(world, split, advantages)
+    one, other = loss_gradients(world, whole, advantages, config), loss_gradients(world, split, advantages, config)
     for name in one:
         torch.testing.assert_close(one[name], other[name], rtol=1e-3, atol=1e-6)
 
@@ -178,19 +240,22 @@ def test_latents_come_back_in_prompt_order(world: tuple[Model, Policy, Condition
 
 def test_log_probability_of_a_rollout_is_that_of_its_step(world: tuple[Model, Policy, Conditioner]) -> None:
     sampled = rolled(world)
-    batch, i = sampled.batches[0], sampled.window[0]
+    batch = sampled.batches[0]
+    term = steps_of(batch)[0]
     with torch.no_grad(), world[1].acting() as transformer:
-        v = velocity(transformer, batch.visited_WBNC[0], torch.tensor(sampled.levels[i]), batch.text_BLD, sampled.grid)
+        v = velocity(transformer, term.x_BNC, torch.tensor(term.sigma), batch.text_BLD, sampled.grid)
     step = cps_step(
-        batch.visited_WBNC[0], v, sampled.levels[i], sampled.levels[i + 1], CONFIG.eta, x_next=batch.visited_WBNC[1],
-        sigma_max=sampled.levels[1],
-    )  # fmt: skip
-    torch.testing.assert_close(step.logp_B, batch.logp_WB[0])
+        term.x_BNC, v, term.sigma, term.sigma_next, CONFIG.eta, x_next=term.x_next_BNC, sigma_max=sampled.sigma_max
+    )
+    torch.testing.assert_close(step.logp_B, term.logp_B)
 
 
 def test_preflight_refuses_ratios_beyond_the_clip(world: tuple[Model, Policy, Conditioner]) -> None:
     sampled = rolled(world)
-    shifted = [dataclasses.replace(b, logp_WB=b.logp_WB + 0.01) for b in sampled.batches]
+    shifted = [
+        dataclasses.replace(b, terms=[dataclasses.replace(t, logp_B=t.logp_B + 0.01) for t in steps_of(b)])
+        for b in sampled.batches
+    ]
     with pytest.raises(RunStopped, match=r"ratio - 1\| = 0.00995.*clip range is 0.001") as stopped:
         check_ratios(world[1], dataclasses.replace(sampled, batches=shifted), CONFIG)
     assert stopped.value.exit_code == 3
@@ -219,7 +284,8 @@ def test_full_fine_tuning_starts_at_its_reference_and_leaves_it() -> None:
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("group", 1), ("window", 10), ("clip", 0.0), ("ema", 1.0), ("updates", 9), ("kl", -1.0)]
+    ("field", "value"), [("group", 1), ("window", 10), ("clip", 0.0), ("ema", 1.0), ("updates", 9), ("kl", -1.0),
+                         ("draws", 0), ("max_sigma", 1.5), ("reference_guidance", -1.0)]
 )
 def test_settings_that_cannot_work_are_refused(field: str, value: float) -> None:
     with pytest.raises(RlhfImgError, match=f"grpo.{field}"):

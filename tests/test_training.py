@@ -86,10 +86,12 @@ def test_a_run_leaves_what_the_design_promises(
     assert (out / "lora" / "pytorch_lora_weights.safetensors").is_file()
 
 
+@pytest.mark.parametrize("likelihood", ["forward", "steps"])
 def test_learning_raises_a_reward_that_can_be_raised(
-    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, likelihood: str
 ) -> None:
-    more = "steps=25", "grpo.prompts=4", "grpo.group=8", "grpo.lr=3e-3", "eval.num_steps=4"
+    more = "steps=25", "grpo.prompts=4", "grpo.group=8", "grpo.lr=3e-3", "grpo.kl=0", "eval.num_steps=4"
+    more += (f"grpo.likelihood={likelihood}",)
     assert run(monkeypatch, arguments(files, tmp_path / "run", *more)) == 0
     change = json.loads((tmp_path / "run" / "eval.json").read_text())["difference"]["rewards"]["bright"]
     assert change["low"] > 0

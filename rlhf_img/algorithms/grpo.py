@@ -1,21 +1,31 @@
-"""Flow-GRPO: policy gradients on the stochastic steps of a flow model's sampler.
+"""GRPO on a flow model: policy gradients with group-relative advantages.
 
-Papers: Flow-GRPO (arXiv 2505.05470), MixGRPO (2507.21802: noise and loss on a window of steps only), Flow-CPS
-(2509.05952: the default step), GRPO-Guard (2510.22319: `guard`), GDPO for several rewards (rewards/combining).
+For each prompt a group of G images is drawn and scored. With an image's advantage A and the likelihood ratio
+r = p_theta / p_old of what was drawn,
 
-For each prompt a group of G images is drawn. Inside a window of steps, shared by all groups of the iteration, a step
-is Gaussian, x' ~ N(mu_theta(x), std^2); outside it is Euler. With an image's advantage A and r = p_theta / p_old of
-the step it took,
+    loss = mean of max(-A r, -A clip(r, 1 - clip, 1 + clip)) + kl D(theta, reference)
 
-    loss = mean over images and window of
-           max(-A r, -A clip(r, 1 - clip, 1 + clip)) + kl |mu_theta - mu_ref|^2 / (2 std^2)
+A flow model gives no likelihood, so one of two stands in for it (`likelihood`):
+
+"forward" (AWM, arXiv 2509.25050; the same ratio as FPO, 2507.21053): the image's under the forward process. The image
+x0 is noised to x = (1 - s) x0 + s eps at `draws` levels s, log p = -mean |v_theta(x, s) - (eps - x0)|^2, and D is
+mean |v - v_ref|^2. Rollouts are plain Euler from noise of their own. s and eps are shared by a group, whose advantages
+add up to 0, so that what they have in common cancels out of the gradient.
+
+"steps" (Flow-GRPO, 2505.05470; MixGRPO, 2507.21802): that of the sampler's own steps. Inside a window of steps, shared
+by all groups of the iteration, a step is Gaussian, x' ~ N(mu_theta(x), std^2) (Flow-CPS, 2509.05952, by default);
+outside it is Euler. D is |mu - mu_ref|^2 / (2 std^2). GRPO-Guard (2510.22319) is `guard`.
+
+Why "forward" is the default: the noise of a step has as many dimensions as the image, and only chance correlations with
+the reward; images differ from each other in far fewer. docs/papers.md has the measurement.
 
 Left out: guidance in rollouts and training (it is distilled in otherwise; it can be added when sampling), and the
-recomputation of log p_old (the rollout's own is exact, which the pre-flight check proves).
+recomputation of log p_old (a rollout's own is exact, which the pre-flight check proves). Several rewards become one
+advantage in rewards/combining.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -24,7 +34,7 @@ from torch import Tensor
 
 from rlhf_img.errors import RlhfImgError
 from rlhf_img.model.conditioning import Conditioner
-from rlhf_img.model.flow import STEPS, euler_step, sigmas
+from rlhf_img.model.flow import STEPS, SdeStep, euler_step, sigmas
 from rlhf_img.model.forward import by_length, velocity
 from rlhf_img.model.loading import Model
 from rlhf_img.model.policy import Policy
@@ -39,22 +49,28 @@ class GRPOConfig:
     """P, prompts an iteration."""
     group: int = 12
     """G, images a prompt."""
-    num_steps: int = 10
+    num_steps: int = 8
     """S, denoising steps in a rollout."""
+    likelihood: Literal["forward", "steps"] = "forward"
+    """Of the image under the forward process, or of the stochastic steps that made it."""
+    draws: int = 4
+    """forward: noise levels at which an image is trained, one in each of so many equal parts of the range."""
+    max_sigma: float = 0.8
+    """forward: the range of noise levels is 0 to this."""
     window: int = 2
-    """Stochastic steps in a row; only they are trained."""
+    """steps: stochastic steps in a row; only they are trained."""
     window_span: float = 0.5
-    """The window starts, uniformly, in this first share of the steps."""
+    """steps: the window starts, uniformly, in this first share of the steps."""
     step: Literal["cps", "flow_sde", "dance"] = "cps"
-    """The stochastic step."""
+    """steps: the stochastic step."""
     eta: float = 0.8
-    """Its strength."""
+    """steps: its strength."""
     shared_noise: bool = True
-    """Whether the images of a group start from the same noise, so that they differ by the window alone."""
+    """steps: whether the images of a group start from the same noise, so that they differ by the window alone."""
     updates: int = 1
     """Optimiser steps an iteration, each on its share of the prompts."""
     lr: float = 4e-4
-    """Learning rate of AdamW."""
+    """Learning rate of AdamW at the start; it falls linearly to 0 over the run."""
     weight_decay: float = 1e-4
     max_grad_norm: float = 1.0
     """Gradients are clipped to this norm."""
@@ -62,10 +78,13 @@ class GRPOConfig:
     """Clip range of the ratio, on the scale of log-probabilities averaged over dimensions."""
     advantage_clip: float = 5.0
     """Advantages are clipped to plus or minus this."""
-    kl: float = 0.0
-    """Weight of the divergence from the reference; 0 skips the reference's forward."""
+    kl: float = 1.0
+    """Weight of the divergence from the reference; 0 skips the reference's forwards. With "steps", whose divergence is
+    larger, 0.04 is usual."""
+    reference_guidance: float = 2.0
+    """Krea's g of the reference: what pulls the policy, which samples without guidance, is the guided base."""
     guard: bool = False
-    """GRPO-Guard: ratios without their bias, comparable between steps of different noise."""
+    """steps: GRPO-Guard: ratios without their bias, comparable between steps of different noise."""
     ema: float = 0.9
     """Decay, an optimiser step, of the averaged weights."""
     batch_size: int = 128
@@ -78,12 +97,14 @@ class GRPOConfig:
             "grpo.group must be 2 or more: a group of one has no spread": self.group >= 2,
             "grpo.window must lie between 1 and grpo.num_steps - 1: the last step is deterministic":
                 1 <= self.window < self.num_steps,
+            "grpo.draws must be 1 or more": self.draws >= 1,
+            "grpo.max_sigma must lie above 0 and at most 1": 0 < self.max_sigma <= 1,
             "grpo.window_span must lie between 0 and 1": 0 <= self.window_span <= 1,
             "grpo.updates must lie between 1 and grpo.prompts": 1 <= self.updates <= self.prompts,
             "grpo.clip, grpo.lr, grpo.eta and grpo.advantage_clip must be above 0":
                 min(self.clip, self.lr, self.eta, self.advantage_clip) > 0,
             "grpo.ema must lie between 0 and 1, 1 excluded": 0 <= self.ema < 1,
-            "grpo.kl must be 0 or more": self.kl >= 0,
+            "grpo.kl and grpo.reference_guidance must be 0 or more": min(self.kl, self.reference_guidance) >= 0,
         }  # fmt: skip
         for rule, met in rules.items():
             if not met:
@@ -115,6 +136,34 @@ def guarded_ratio(
     return torch.exp((log_ratio_B + kl_divergence(mean_BNC, mean_old_BNC, std)) * std)
 
 
+def forward_logp(v_BNC: Float[Tensor, "B N C"], target_BNC: Float[Tensor, "B N C"]) -> Float[Tensor, " B"]:
+    """Stand-in for an image's log-likelihood: minus the squared error of its velocity, averaged over dimensions."""
+    return -(v_BNC - target_BNC).square().flatten(1).mean(1)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Step:
+    """A stochastic step from sigma to `sigma_next`, with its mean and log-probability under the old policy."""
+
+    sigma: float
+    x_BNC: Tensor
+    sigma_next: float
+    x_next_BNC: Tensor
+    mean_BNC: Tensor
+    logp_B: Tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Draw:
+    """Images noised to sigma, with the velocity eps - x0 that leads to them and its likelihood under the old policy."""
+
+    sigma: float
+    x_BNC: Tensor
+    target_BNC: Tensor
+    logp_B: Tensor | None
+    """None if the policy does not move before this is trained on: then it is that of training, without gradients."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Batch:
     """Images of one prompt length that went through the sampler together, and will again in training."""
@@ -122,12 +171,8 @@ class Batch:
     rows_B: list[int]
     """Where these images are in the iteration's prompt-major list of P x G."""
     text_BLD: Tensor
-    visited_WBNC: Tensor
-    """Latents before each step of the window, and after its last one: W + 1."""
-    mean_WBNC: Tensor
-    """Mean of each step under the old policy."""
-    logp_WB: Tensor
-    """Log-probability of each step under the old policy."""
+    terms: Sequence[Step | Draw]
+    """What their likelihood is made of."""
     final_BNC: Tensor
     """Latents at sigma 0."""
 
@@ -136,12 +181,12 @@ class Batch:
 class Rollout:
     """What an iteration sampled."""
 
-    levels: list[float]
-    """The S + 1 noise levels."""
-    window: range
-    """Steps that were stochastic."""
     batches: list[Batch]
     grid: tuple[int, int]
+    empty_LD: Tensor
+    """Text of the empty prompt, for guidance."""
+    sigma_max: float
+    """The noise level after the first step, which some stochastic steps need."""
 
     def latents(self) -> Float[Tensor, "B N C"]:
         """Final latents in prompt-major order."""
@@ -157,83 +202,135 @@ def rollout(
     grid = model.grid(model.default_size, model.default_size)
     levels = sigmas(config.num_steps, grid[0] * grid[1], model.scheduler.config, model.is_distilled)
     generator = torch.Generator().manual_seed(seed)
-    starts = max(1, min(round(config.num_steps * config.window_span), config.num_steps - config.window))
-    start = int(torch.randint(starts, (), generator=generator))
-    window = range(start, start + config.window)
+    steps = config.likelihood == "steps"
+    window = _window(config, generator) if steps else range(0)
     images = range(len(prompts) * config.group)
-    repeat = [i // config.group * config.group if config.shared_noise else i for i in images]
+    repeat = [i // config.group * config.group if steps and config.shared_noise else i for i in images]
     noise_BNC = initial_noise(model, [seed + i for i in repeat], model.default_size, model.default_size)
     texts = [text for text in conditioner.encode(prompts) for _ in range(config.group)]
     per_batch = max(1, config.batch_size // config.group) * config.group
+    draws = [] if steps else _levels_and_noise(config, noise_BNC[:: config.group], generator)
     batches = []
     with policy.acting() as transformer:
-        for rows, text_BLD in by_length(texts):
-            for first in range(0, len(rows), per_batch):
-                some = rows[first : first + per_batch]
-                batch = _sample_batch(
-                    transformer, noise_BNC[some], text_BLD[first : first + per_batch], levels, window, grid, config,
-                    generator, some,
-                )  # fmt: skip
-                batches.append(batch)
-    return Rollout(levels=levels.tolist(), window=window, batches=batches, grid=grid)
+        for places, texts_BLD in by_length(texts):
+            for rows, text_BLD in zip(_parts(places, per_batch), texts_BLD.split(per_batch), strict=True):
+                x0, taken = _sample(transformer, noise_BNC[rows], text_BLD, levels, window, grid, config, generator)
+                groups = [row // config.group for row in rows]
+                noised = [(sigma, eps_PNC[groups]) for sigma, eps_PNC in draws]
+                terms = taken or _noised(transformer, x0, text_BLD, noised, grid, old=config.updates > 1)
+                batches.append(Batch(rows_B=rows, text_BLD=text_BLD, terms=terms, final_BNC=x0))
+    (empty_LD,) = conditioner.encode([""])
+    return Rollout(batches=batches, grid=grid, empty_LD=empty_LD, sigma_max=float(levels[1]))
 
 
-def _sample_batch(
+def _window(config: GRPOConfig, generator: torch.Generator) -> range:
+    starts = max(1, min(round(config.num_steps * config.window_span), config.num_steps - config.window))
+    start = int(torch.randint(starts, (), generator=generator))
+    return range(start, start + config.window)
+
+
+def _levels_and_noise(
+    config: GRPOConfig, like_PNC: Tensor, generator: torch.Generator
+) -> list[tuple[float, Float[Tensor, "P N C"]]]:
+    """For each draw a noise level, one in each of equal parts of the range, and noise for each prompt."""
+    found = []
+    for k in range(config.draws):
+        sigma = config.max_sigma * (k + float(torch.rand((), generator=generator))) / config.draws
+        found.append((sigma, torch.randn(like_PNC.shape, generator=generator).to(like_PNC.device)))
+    return found
+
+
+def _parts(places: list[int], size: int) -> list[list[int]]:
+    return [places[i : i + size] for i in range(0, len(places), size)]
+
+
+def _sample(
     transformer: torch.nn.Module, x: Tensor, text_BLD: Tensor, levels: Tensor, window: range, grid: tuple[int, int],
-    config: GRPOConfig, generator: torch.Generator, rows: list[int],
-) -> Batch:  # fmt: skip
-    visited, means, logps = [], [], []
+    config: GRPOConfig, generator: torch.Generator,
+) -> tuple[Tensor, list[Step]]:  # fmt: skip
+    """From noise to sigma 0, and the stochastic steps on the way."""
+    taken = []
     for i, (s, s_next) in enumerate(zip(levels.tolist(), levels.tolist()[1:], strict=False)):
         v = velocity(transformer, x, levels[i], text_BLD, grid)
-        if i in window:
-            noise = torch.randn(x.shape, generator=generator).to(x.device)
-            step = STEPS[config.step](x, v, s, s_next, config.eta, noise=noise, sigma_max=float(levels[1]))
-            visited.append(x)
-            means.append(step.mean)
-            logps.append(step.logp_B)
-            x = step.x_next
-            if i == window[-1]:
-                visited.append(x)
-        else:
+        if i not in window:
             x = euler_step(x, v, s, s_next)
-    return Batch(
-        rows_B=rows, text_BLD=text_BLD, visited_WBNC=torch.stack(visited), mean_WBNC=torch.stack(means),
-        logp_WB=torch.stack(logps), final_BNC=x,
-    )  # fmt: skip
+            continue
+        noise = torch.randn(x.shape, generator=generator).to(x.device)
+        step = STEPS[config.step](x, v, s, s_next, config.eta, noise=noise, sigma_max=float(levels[1]))
+        taken.append(Step(
+            sigma=s, x_BNC=x, sigma_next=s_next, x_next_BNC=step.x_next, mean_BNC=step.mean, logp_B=step.logp_B
+        ))  # fmt: skip
+        x = step.x_next
+    return x, taken
+
+
+def _noised(
+    transformer: torch.nn.Module, x0: Tensor, text_BLD: Tensor, draws: Sequence[tuple[float, Tensor]],
+    grid: tuple[int, int], *, old: bool,
+) -> list[Draw]:  # fmt: skip
+    terms = []
+    for sigma, eps in draws:
+        x, target = torch.lerp(x0, eps, sigma), eps - x0
+        logp = None
+        if old:
+            logp = forward_logp(velocity(transformer, x, torch.tensor(sigma, device=x.device), text_BLD, grid), target)
+        terms.append(Draw(sigma=sigma, x_BNC=x, target_BNC=target, logp_B=logp))
+    return terms
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Replay:
-    """One step of the window under the policy as it is now, with gradients."""
+    """One term of the likelihood under the policy as it is now, with gradients."""
 
     rows_B: list[int]
     log_ratio_B: Tensor
-    mean_BNC: Tensor
-    mean_old_BNC: Tensor
-    mean_ref_BNC: Tensor | None
-    std: float
+    ratio_B: Tensor
+    """exp of it, but with GRPO-Guard normalised."""
+    kl_B: Tensor | None
+    """Divergence from the reference, if that has a weight."""
 
 
 def replay(policy: Policy, sampled: Rollout, config: GRPOConfig) -> Iterator[Replay]:
-    """Every batch and step of the window again, in the shapes of the rollout so that rounding is the same."""
+    """Every batch and term again, in the shapes of the rollout so that rounding is the same."""
     for batch in sampled.batches:
-        for k, i in enumerate(sampled.window):
-            s, s_next = sampled.levels[i], sampled.levels[i + 1]
-            x, x_next = batch.visited_WBNC[k], batch.visited_WBNC[k + 1]
-            sigma = torch.tensor(s, device=x.device)
+        for term in batch.terms:
+            x, sigma = term.x_BNC, torch.tensor(term.sigma, device=term.x_BNC.device)
             with policy.acting() as transformer:
                 v = velocity(transformer, x, sigma, batch.text_BLD, sampled.grid)
-            take = STEPS[config.step]
-            step = take(x, v, s, s_next, config.eta, x_next=x_next, sigma_max=sampled.levels[1])
-            mean_ref = None
+            v_ref = None
             if config.kl > 0:
                 with policy.reference() as reference:
                     v_ref = velocity(reference, x, sigma, batch.text_BLD, sampled.grid)
-                mean_ref = take(x, v_ref, s, s_next, config.eta, x_next=x_next, sigma_max=sampled.levels[1]).mean
-            yield Replay(
-                rows_B=batch.rows_B, log_ratio_B=step.logp_B - batch.logp_WB[k], mean_BNC=step.mean,
-                mean_old_BNC=batch.mean_WBNC[k], mean_ref_BNC=mean_ref, std=step.std,
-            )  # fmt: skip
+                    if config.reference_guidance > 0:
+                        empty_BLD = sampled.empty_LD.expand(len(x), -1, -1)
+                        v_ref += config.reference_guidance * (
+                            v_ref - velocity(reference, x, sigma, empty_BLD, sampled.grid)
+                        )
+            if isinstance(term, Draw):
+                yield _replay_draw(term, v, v_ref, batch.rows_B)
+            else:
+                yield _replay_step(term, v, v_ref, batch.rows_B, config, sampled.sigma_max)
+
+
+def _replay_draw(term: Draw, v: Tensor, v_ref: Tensor | None, rows_B: list[int]) -> Replay:
+    logp_B = forward_logp(v, term.target_BNC)
+    log_ratio_B = logp_B - (logp_B.detach() if term.logp_B is None else term.logp_B)
+    kl_B = None if v_ref is None else -forward_logp(v, v_ref)
+    return Replay(rows_B=rows_B, log_ratio_B=log_ratio_B, ratio_B=log_ratio_B.exp(), kl_B=kl_B)
+
+
+def _replay_step(
+    term: Step, v: Tensor, v_ref: Tensor | None, rows_B: list[int], config: GRPOConfig, sigma_max: float
+) -> Replay:
+    def take(v: Tensor) -> SdeStep:
+        s, s_next, x_next = term.sigma, term.sigma_next, term.x_next_BNC
+        return STEPS[config.step](term.x_BNC, v, s, s_next, config.eta, x_next=x_next, sigma_max=sigma_max)
+
+    step = take(v)
+    log_ratio_B = step.logp_B - term.logp_B
+    ratio_B = guarded_ratio(log_ratio_B, step.mean, term.mean_BNC, step.std) if config.guard else log_ratio_B.exp()
+    kl_B = None if v_ref is None else kl_divergence(step.mean, take(v_ref).mean, step.std)
+    return Replay(rows_B=rows_B, log_ratio_B=log_ratio_B, ratio_B=ratio_B, kl_B=kl_B)
 
 
 def update(
@@ -242,17 +339,17 @@ def update(
 ) -> dict[str, float]:  # fmt: skip
     """The optimiser steps of one iteration.
 
-    Returns means over images and window of loss, kl and ratio statistics, and the gradient norm.
+    Returns means over images and terms of loss, kl and ratio statistics, and the gradient norm.
     Raises FloatingPointError before an optimiser step whose loss or gradient is not finite.
     """
     advantages_B = advantages_B.clamp(-config.advantage_clip, config.advantage_clip)
     totals: dict[str, float] = {}
     parts = _split(sampled, config)
     for part in parts:
-        count = sum(len(batch.rows_B) for batch in part.batches) * len(part.window)
+        count = sum(len(batch.rows_B) * len(batch.terms) for batch in part.batches)
         optimizer.zero_grad(set_to_none=True)
         for item in replay(policy, part, config):
-            loss_B, metrics = step_loss(item, advantages_B[item.rows_B], config)
+            loss_B, metrics = term_loss(item, advantages_B[item.rows_B], config)
             (loss_B.sum() / count).backward()
             for name, value in metrics.items():
                 totals[name] = totals.get(name, 0.0) + float(value.sum()) / count / len(parts)
@@ -267,17 +364,14 @@ def update(
     return totals
 
 
-def step_loss(item: Replay, advantage_B: Tensor, config: GRPOConfig) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss of each image at one step of the window, and per-image metrics without gradients."""
-    ratio_B = item.log_ratio_B.exp()
-    if config.guard:
-        ratio_B = guarded_ratio(item.log_ratio_B, item.mean_BNC, item.mean_old_BNC, item.std)
-    loss_B = clipped_loss(ratio_B, advantage_B, config.clip)
+def term_loss(item: Replay, advantage_B: Tensor, config: GRPOConfig) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss of each image at one term of its likelihood, and per-image metrics without gradients."""
+    loss_B = clipped_loss(item.ratio_B, advantage_B, config.clip)
     kl_B = torch.zeros_like(loss_B)
-    if item.mean_ref_BNC is not None:
-        kl_B = kl_divergence(item.mean_BNC, item.mean_ref_BNC, item.std)
+    if item.kl_B is not None:
+        kl_B = item.kl_B
         loss_B = loss_B + config.kl * kl_B
-    outside = ((ratio_B - 1).abs() > config.clip).float()
+    outside = ((item.ratio_B - 1).abs() > config.clip).float()
     return loss_B, {"loss": loss_B.detach(), "kl": kl_B.detach(), "clip_fraction": outside.detach()}
 
 
@@ -288,8 +382,4 @@ def _split(sampled: Rollout, config: GRPOConfig) -> list[Rollout]:
     parts: list[list[Batch]] = [[] for _ in range(config.updates)]
     for batch in sorted(sampled.batches, key=lambda b: -len(b.rows_B)):
         min(parts, key=lambda part: sum(len(b.rows_B) for b in part)).append(batch)
-    return [
-        Rollout(levels=sampled.levels, window=sampled.window, batches=part, grid=sampled.grid)
-        for part in parts
-        if part
-    ]
+    return [replace(sampled, batches=part) for part in parts if part]

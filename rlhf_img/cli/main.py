@@ -39,7 +39,7 @@ app.add_typer(playground.app, name="playground")
 
 def main() -> None:
     """Runs the command line. Exit codes: 0 done, 2 user error, 1 our error, 3 stopped by a check."""
-    _keep_freed_memory()
+    keep_freed_memory()
     # Progress bars of libraries would write over ours.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
@@ -52,7 +52,7 @@ def main() -> None:
         sys.exit(130)
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """Lets glibc keep the memory of freed tensors: returning it to the system and faulting it in again is about a
     quarter of the time of a small model's training step on a CPU. Nothing happens with another C library."""
     if platform.libc_ver()[0] == "glibc":

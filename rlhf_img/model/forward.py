@@ -89,7 +89,8 @@ def velocity(
     text_BLD: Float[Tensor, "B L D"],
     grid: tuple[int, int],
 ) -> Float[Tensor, "B N C"]:
-    """v = eps - x0 at noise level sigma, in the dtype of `x_BNC`; the transformer computes in its own.
+    """v = eps - x0 at noise level sigma, in the dtype of `x_BNC`; the transformer computes in its own, and so do its
+    LoRA layers, whose float32 weights are rounded on the way (autocast).
 
     Args:
         x_BNC: packed noisy latents; N = rows * columns of `grid`.
@@ -106,6 +107,14 @@ def velocity(
             f"{B} images of {N} tokens do not fit the grid {grid}, {sigma_B.numel()} sigmas or {len(text_BLD)} texts"
         )
     weight = transformer.img_in.weight
+    with torch.autocast(weight.device.type, weight.dtype, enabled=weight.dtype != torch.float32):
+        return _velocity(transformer, x_BNC, sigma_B, text_BLD, grid).to(x_BNC.dtype)
+
+
+def _velocity(
+    transformer: Krea2Transformer2DModel, x_BNC: Tensor, sigma_B: Tensor, text_BLD: Tensor, grid: tuple[int, int]
+) -> Tensor:
+    weight = transformer.img_in.weight
     temb = transformer.time_embed(sigma_B.reshape(-1).to(weight.device), dtype=weight.dtype)
     modulation = transformer.time_mod_proj(F.gelu(temb, approximate="tanh"))
     rope = transformer.rotary_emb
@@ -117,7 +126,7 @@ def velocity(
             hidden = transformer._gradient_checkpointing_func(block, hidden, modulation, rotary, None)
         else:
             hidden = block(hidden, modulation, rotary, None)
-    return transformer.final_layer(hidden[:, -N:], temb).to(x_BNC.dtype)
+    return transformer.final_layer(hidden[:, -x_BNC.shape[1] :], temb)
 
 
 def by_length(texts: Sequence[Float[Tensor, "_ *D"]]) -> list[tuple[list[int], Float[Tensor, "_ _ *D"]]]:

@@ -97,6 +97,14 @@ def from_pipeline(pipeline: Krea2Pipeline, *, source: str = "memory", default_si
     )
 
 
+def fast_dtype() -> torch.dtype:
+    """bfloat16 where the hardware multiplies it (CUDA, and CPUs with AVX-512 BF16 or AMX), else float32."""
+    if torch.cuda.is_available():
+        return torch.bfloat16
+    able = torch.cpu.get_capabilities()
+    return torch.bfloat16 if able.get("avx512_bf16") or able.get("amx_bf16") else torch.float32
+
+
 def load(name: str | Path, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Model:
     """The model called `name`: "playground", a local diffusers folder, or a hub id such as "krea/Krea-2-Raw".
 

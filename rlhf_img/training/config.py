@@ -1,6 +1,7 @@
 """The configuration of a run: every setting with its default, what it means, and where it comes from."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from rlhf_img.algorithms.grpo import GRPOConfig
 from rlhf_img.errors import RlhfImgError
@@ -14,6 +15,9 @@ class RunConfig:
 
     model: str = "playground"
     """"playground", a folder that holds a diffusers Krea 2 pipeline, or a hub id such as "krea/Krea-2-Raw"."""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Of the frozen base and of what is computed with it; "auto": bfloat16 where the hardware multiplies it. Adapters,
+    the sampler's steps and likelihoods are float32 in any case."""
     rewards: str | tuple[dict[str, object], ...] = "rubric,artifact"
     """Rewards and weights, "rubric:2,artifact,my_rewards.py:neon", or a list with options."""
     combine: str = "gdpo"

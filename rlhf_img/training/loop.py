@@ -19,7 +19,7 @@ from rlhf_img.algorithms import grpo
 from rlhf_img.errors import RlhfImgError, RunStopped
 from rlhf_img.model.conditioning import Conditioner
 from rlhf_img.model.export import save_lora
-from rlhf_img.model.loading import PLAYGROUND, Model, load
+from rlhf_img.model.loading import PLAYGROUND, Model, fast_dtype, load
 from rlhf_img.model.policy import POLICY, Policy, make_policy
 from rlhf_img.model.vae import decode
 from rlhf_img.rewards import Images, Reward, advantages, load_rewards, score
@@ -59,7 +59,7 @@ def prepare(config: RunConfig) -> Parts:
     check_name(config.tracker)
     rewards = load_rewards(config.rewards)
     train_prompts, heldout_prompts = _prompts(config)
-    model = load(config.model)
+    model = load(config.model, dtype=fast_dtype() if config.dtype == "auto" else getattr(torch, config.dtype))
     policy = make_policy(model.transformer, None if config.full else config.lora, config.seed)
     optimizer = torch.optim.AdamW(
         list(policy.parameters.values()), lr=config.grpo.lr, weight_decay=config.grpo.weight_decay
@@ -130,6 +130,9 @@ def iteration(parts: Parts, step: int) -> dict[str, float]:
     advantages_PG, metrics = advantages(parts.rewards, values_PGK, method=config.combine, prompt_gates=gates)
     clock.lap("reward")
 
+    lr = config.grpo.lr * (1 - (step - 1) / config.steps)
+    for group in parts.optimizer.param_groups:
+        group["lr"] = lr
     try:
         trained = grpo.update(
             parts.policy, parts.optimizer, sampled, advantages_PG.flatten().to(parts.model.device), config.grpo
@@ -143,7 +146,6 @@ def iteration(parts: Parts, step: int) -> dict[str, float]:
     seen = {f"sentinel/{name}": value for name, value in image_statistics(images.tensor).items()}
     seen["sentinel/diversity"] = float(diversity(images.tensor.unflatten(0, (len(drawn), -1))).mean())
     first = {} if math.isnan(deviation) else {"preflight/max_dev": deviation}
-    lr = parts.optimizer.param_groups[0]["lr"]
     learned = {**trained, **_renamed(metrics), **_rubric_metrics(scores.details)}
     return {**learned, **seen, **first, **clock.times(), "lr": lr}
 
