@@ -92,7 +92,7 @@ def test_guarded_ratio_is_centred_where_the_plain_one_is_biased() -> None:
 @both
 def test_ratio_is_one_before_any_step(world: tuple[Model, Policy, Conditioner], config: GRPOConfig) -> None:
     config = dataclasses.replace(config, updates=2)  # so that the old log-probabilities are kept
-    assert check_ratios(world[1], rolled(world, config), config) == 0.0
+    assert check_ratios(world[1], rolled(world, config), config) <= 1e-6  # draws are batched otherwise in a rollout
 
 
 @pytest.mark.parametrize("step", ["cps", "flow_sde", "dance"])
@@ -144,7 +144,7 @@ def test_an_update_makes_what_was_good_likelier_and_what_was_bad_less_likely(con
     grpo.update(policy, optimizer, sampled, advantages, config)
     gain = torch.zeros(6)
     for item in grpo.replay(policy, sampled, config):
-        gain[item.rows_B] += item.log_ratio_B.detach()
+        gain.index_add_(0, torch.tensor(item.rows_B), item.log_ratio_B.detach())
     assert (gain * advantages).sum() > 0
 
 

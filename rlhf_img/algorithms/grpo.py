@@ -55,7 +55,7 @@ class GRPOConfig:
     """Of the image under the forward process, or of the stochastic steps that made it."""
     draws: int = 4
     """forward: noise levels at which an image is trained, one in each of so many equal parts of the range."""
-    max_sigma: float = 0.8
+    max_sigma: float = 0.9
     """forward: the range of noise levels is 0 to this."""
     window: int = 2
     """steps: stochastic steps in a row; only they are trained."""
@@ -69,7 +69,7 @@ class GRPOConfig:
     """steps: whether the images of a group start from the same noise, so that they differ by the window alone."""
     updates: int = 1
     """Optimiser steps an iteration, each on its share of the prompts."""
-    lr: float = 4e-4
+    lr: float = 2e-3
     """Learning rate of AdamW at the start; it falls linearly to 0 over the run."""
     weight_decay: float = 1e-4
     max_grad_norm: float = 1.0
@@ -81,7 +81,7 @@ class GRPOConfig:
     kl: float = 1.0
     """Weight of the divergence from the reference; 0 skips the reference's forwards. With "steps", whose divergence is
     larger, 0.04 is usual."""
-    reference_guidance: float = 2.0
+    reference_guidance: float = 1.5
     """Krea's g of the reference: what pulls the policy, which samples without guidance, is the guided base."""
     guard: bool = False
     """steps: GRPO-Guard: ratios without their bias, comparable between steps of different noise."""
@@ -280,9 +280,10 @@ def _noised(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Replay:
-    """One term of the likelihood under the policy as it is now, with gradients."""
+    """One step, or draws, of images under the policy as it is now, with gradients."""
 
     rows_B: list[int]
+    """Where these images are in the iteration; an image is there once for each of its draws."""
     log_ratio_B: Tensor
     ratio_B: Tensor
     """exp of it, but with GRPO-Guard normalised."""
@@ -291,32 +292,45 @@ class Replay:
 
 
 def replay(policy: Policy, sampled: Rollout, config: GRPOConfig) -> Iterator[Replay]:
-    """Every batch and term again, in the shapes of the rollout so that rounding is the same."""
+    """Every batch and term again: steps in the shapes of the rollout, so that rounding is the same, draws together."""
     for batch in sampled.batches:
-        for term in batch.terms:
-            x, sigma = term.x_BNC, torch.tensor(term.sigma, device=term.x_BNC.device)
-            with policy.acting() as transformer:
-                v = velocity(transformer, x, sigma, batch.text_BLD, sampled.grid)
-            v_ref = None
-            if config.kl > 0:
-                with policy.reference() as reference:
-                    v_ref = velocity(reference, x, sigma, batch.text_BLD, sampled.grid)
-                    if config.reference_guidance > 0:
-                        empty_BLD = sampled.empty_LD.expand(len(x), -1, -1)
-                        v_ref += config.reference_guidance * (
-                            v_ref - velocity(reference, x, sigma, empty_BLD, sampled.grid)
-                        )
-            if isinstance(term, Draw):
-                yield _replay_draw(term, v, v_ref, batch.rows_B)
-            else:
-                yield _replay_step(term, v, v_ref, batch.rows_B, config, sampled.sigma_max)
+        draws = [term for term in batch.terms if isinstance(term, Draw)]
+        steps = [term for term in batch.terms if isinstance(term, Step)]
+        at_once = max(1, config.batch_size // len(batch.rows_B))
+        for first in range(0, len(draws), at_once):
+            some = draws[first : first + at_once]
+            x = torch.cat([draw.x_BNC for draw in some])
+            sigma = torch.tensor([draw.sigma for draw in some for _ in batch.rows_B], device=x.device)
+            text = batch.text_BLD.repeat(len(some), 1, 1)
+            yield _replay_draws(some, *_velocities(policy, sampled, x, sigma, text, config), batch.rows_B)
+        for step in steps:
+            sigma = torch.tensor(step.sigma, device=step.x_BNC.device)
+            v, v_ref = _velocities(policy, sampled, step.x_BNC, sigma, batch.text_BLD, config)
+            yield _replay_step(step, v, v_ref, batch.rows_B, config, sampled.sigma_max)
 
 
-def _replay_draw(term: Draw, v: Tensor, v_ref: Tensor | None, rows_B: list[int]) -> Replay:
-    logp_B = forward_logp(v, term.target_BNC)
-    log_ratio_B = logp_B - (logp_B.detach() if term.logp_B is None else term.logp_B)
+def _velocities(
+    policy: Policy, sampled: Rollout, x: Tensor, sigma: Tensor, text_BLD: Tensor, config: GRPOConfig
+) -> tuple[Tensor, Tensor | None]:
+    """That of the policy, and that of the guided reference if it has a weight."""
+    with policy.acting() as transformer:
+        v = velocity(transformer, x, sigma, text_BLD, sampled.grid)
+    if config.kl == 0:
+        return v, None
+    with policy.reference() as reference:
+        v_ref = velocity(reference, x, sigma, text_BLD, sampled.grid)
+        if config.reference_guidance > 0:
+            empty_BLD = sampled.empty_LD.expand(len(x), -1, -1)
+            v_ref += config.reference_guidance * (v_ref - velocity(reference, x, sigma, empty_BLD, sampled.grid))
+    return v, v_ref
+
+
+def _replay_draws(draws: Sequence[Draw], v: Tensor, v_ref: Tensor | None, rows_B: list[int]) -> Replay:
+    logp_B = forward_logp(v, torch.cat([draw.target_BNC for draw in draws]))
+    old = [draw.logp_B for draw in draws if draw.logp_B is not None]
+    log_ratio_B = logp_B - (torch.cat(old) if old else logp_B.detach())
     kl_B = None if v_ref is None else -forward_logp(v, v_ref)
-    return Replay(rows_B=rows_B, log_ratio_B=log_ratio_B, ratio_B=log_ratio_B.exp(), kl_B=kl_B)
+    return Replay(rows_B=rows_B * len(draws), log_ratio_B=log_ratio_B, ratio_B=log_ratio_B.exp(), kl_B=kl_B)
 
 
 def _replay_step(

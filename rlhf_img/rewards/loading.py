@@ -159,7 +159,7 @@ def _callable(found: Any, name: str) -> Any:
 
 def _declared(fn: Any) -> dict[str, Any]:
     """What the function says of itself in its optional attributes. Its `__name__` is not asked."""
-    offered = {key: getattr(fn, key, None) for key in ("name", "range", "role", "group", "floor")}
+    offered = {key: getattr(fn, key, None) for key in ("name", "range", "role", "group", "floor", "below", "cap")}
     declared = {key: value for key, value in offered.items() if value is not None}
     return declared
 

@@ -42,8 +42,9 @@ A Krea 2 in small, remade by `rlhf-img playground pretrain`. The stock `diffuser
 |---|---|---|
 {rows}
 
-**Known faults.** Shapes are often malformed, large ones most. Counts are often wrong, relations hardly ever hold, and
-some scenes stay empty. What it cannot draw it draws as blobs of the right colour.
+**Known faults.** Two things of different kinds are often drawn as two of one kind, relations hardly ever hold, things
+are missing or one too many, and some scenes stay empty. Shapes that touch melt into one. Grain and soft focus do not
+survive the autoencoder.
 """
 
 
