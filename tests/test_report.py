@@ -116,7 +116,7 @@ def write_samples(folder: Path, prompts: int, quality: float) -> None:
     folder.mkdir(parents=True)
     entries = []
     for i in range(prompts):
-        rng = np.random.default_rng(100 + i)
+        rng = np.random.default_rng(300 + i)
         scene = sample_scene(rng, "heldout")
         prompt = NASTY if i == 0 else caption(scene, rng)
         good = i % 3 == 0 or i / prompts < quality

@@ -25,7 +25,7 @@ from rlhf_img.playground import build
 from rlhf_img.playground.captions import caption
 from rlhf_img.playground.data import FACT_SIZES, WRONG_CAPTIONS, example, facts, prompts
 from rlhf_img.playground.fit import FitConfig, fit
-from rlhf_img.playground.scene import SIZE, sample_scene
+from rlhf_img.playground.scene import SIZE, SPLITS, sample_scene
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,10 +36,10 @@ class PretrainConfig:
     scenes: int = 40_960
     """Training scenes of the DiT."""
     vae: FitConfig = field(default_factory=lambda: FitConfig(steps=5000, lr=1.5e-3, ema=0.995))
-    decoder: FitConfig = field(default_factory=lambda: FitConfig(steps=700, lr=1e-3, ema=0.995))
+    decoder: FitConfig = field(default_factory=lambda: FitConfig(steps=2200, lr=1e-3, ema=0.995))
     """The decoder alone, with the encoder frozen."""
     text: FitConfig = field(default_factory=lambda: FitConfig(steps=1200, lr=2e-3))
-    dit: FitConfig = field(default_factory=lambda: FitConfig(steps=12_500, lr=2e-3, ema=0.998, save_every=500))
+    dit: FitConfig = field(default_factory=lambda: FitConfig(steps=20_000, lr=2e-3, ema=0.998, save_every=500))
     batch: int = 64
     """Examples a step of the text encoder and the DiT; the autoencoder takes a quarter of it."""
     drop: float = 0.1
@@ -114,12 +114,16 @@ def train_vae(vae: AutoencoderKLQwenImage, config: PretrainConfig, work: Path) -
 
 
 def _fit_vae(name: str, vae: AutoencoderKLQwenImage, fit_config: FitConfig, config: PretrainConfig, work: Path) -> None:
-    """Reconstruction (squared, absolute and of edges) with a light KL, of the parameters that are not frozen."""
+    """Reconstruction (squared, absolute and of edges) with a light KL, of the parameters that are not frozen.
+
+    Of scenes of all splits: what an autoencoder cannot draw, no model on its latents can be asked for.
+    """
     device = vae.device
 
     def loss_fn(step: int) -> Tensor:
         count = config.batch // 4
-        x = _pixels([example(20_000_000 + step * count + i).image for i in range(count)]).to(device)
+        seeds = range(20_000_000 + step * count, 20_000_000 + (step + 1) * count)
+        x = _pixels([example(seed, SPLITS[seed % len(SPLITS)]).image for seed in seeds]).to(device)
         posterior = vae.encode(x[:, :, None]).latent_dist
         y = vae.decode(posterior.sample()).sample[:, :, 0]
         edges = sum((x.diff(dim=d) - y.diff(dim=d)).abs().mean() for d in (2, 3))
