@@ -17,7 +17,7 @@ by all groups of the iteration, a step is Gaussian, x' ~ N(mu_theta(x), std^2) (
 outside it is Euler. D is |mu - mu_ref|^2 / (2 std^2). GRPO-Guard (2510.22319) is `guard`.
 
 Why "forward" is the default: the noise of a step has as many dimensions as the image, and only chance correlations with
-the reward; images differ from each other in far fewer. docs/papers.md has the measurement.
+the reward; images differ from each other in far fewer. benchmarks/gradients.py measures both.
 
 Left out: guidance in rollouts and training (it is distilled in otherwise; it can be added when sampling), and the
 recomputation of log p_old (a rollout's own is exact, which the pre-flight check proves). Several rewards become one
