@@ -38,7 +38,7 @@ from rlhf_img.model.flow import STEPS, SdeStep, euler_step, sigmas
 from rlhf_img.model.forward import by_length, velocity
 from rlhf_img.model.loading import Model
 from rlhf_img.model.policy import Policy
-from rlhf_img.model.sampling import initial_noise
+from rlhf_img.model.sampling import in_parts, initial_noise
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -213,7 +213,7 @@ def rollout(
     batches = []
     with policy.acting() as transformer:
         for places, texts_BLD in by_length(texts):
-            for rows, text_BLD in zip(_parts(places, per_batch), texts_BLD.split(per_batch), strict=True):
+            for rows, text_BLD in zip(in_parts(places, per_batch), texts_BLD.split(per_batch), strict=True):
                 x0, taken = _sample(transformer, noise_BNC[rows], text_BLD, levels, window, grid, config, generator)
                 groups = [row // config.group for row in rows]
                 noised = [(sigma, eps_PNC[groups]) for sigma, eps_PNC in draws]
@@ -238,10 +238,6 @@ def _levels_and_noise(
         sigma = config.max_sigma * (k + float(torch.rand((), generator=generator))) / config.draws
         found.append((sigma, torch.randn(like_PNC.shape, generator=generator).to(like_PNC.device)))
     return found
-
-
-def _parts(places: list[int], size: int) -> list[list[int]]:
-    return [places[i : i + size] for i in range(0, len(places), size)]
 
 
 def _sample(

@@ -81,13 +81,13 @@ def train_judge(
     work: Annotated[Path, typer.Option(help="Images and checkpoints; a killed run goes on from here.")] = Path(
         "runs/judge"
     ),
-    steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps [default: as for the shipped one].")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps [default: 4000].")] = None,
     seed: Annotated[int, typer.Option(help="Of weights, images and batches.")] = 0,
 ) -> None:
     """Make the playground's judge: a small vision-language model that answers yes/no questions about its images.
 
-    Then it is measured against the exact checks, and its card written. About half an hour on two CPU cores; run it
-    again to go on after an interruption.
+    Then it is measured against the exact checks, and its card written. Run it again to go on after an interruption.
+    The package brings no trained one yet, and how long it takes and how good it gets has not been measured in full.
 
     Example: rlhf-img playground train-judge --out my-judge && rlhf-img doctor --judge-model my-judge
     """

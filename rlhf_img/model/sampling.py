@@ -66,7 +66,7 @@ def sample(
 
     done = 0
     for places, text_BLD in by_length(conditioner.encode(prompts)):
-        for rows, text in zip(_split(places, batch_size), torch.split(text_BLD, batch_size), strict=True):
+        for rows, text in zip(in_parts(places, batch_size), torch.split(text_BLD, batch_size), strict=True):
             x = x_BNC[rows]
             for sigma, s, s_next in zip(levels, levels.tolist(), levels.tolist()[1:], strict=False):
                 v = velocity(model.transformer, x, sigma, text, grid)
@@ -81,5 +81,6 @@ def sample(
     return x_BNC
 
 
-def _split(places: list[int], size: int) -> list[list[int]]:
+def in_parts(places: list[int], size: int) -> list[list[int]]:
+    """`places` in parts of `size`, of which the last may be shorter."""
     return [places[i : i + size] for i in range(0, len(places), size)]
