@@ -25,8 +25,8 @@ advantage in rewards/combining.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -55,8 +55,10 @@ class GRPOConfig:
     """Of the image under the forward process, or of the stochastic steps that made it."""
     draws: int = 4
     """forward: noise levels at which an image is trained, one in each of so many equal parts of the range."""
+    min_sigma: float = 0.4
+    """forward: the lowest noise level of a draw."""
     max_sigma: float = 0.9
-    """forward: the range of noise levels is 0 to this."""
+    """forward: the highest."""
     window: int = 2
     """steps: stochastic steps in a row; only they are trained."""
     window_span: float = 0.5
@@ -67,6 +69,8 @@ class GRPOConfig:
     """steps: its strength."""
     shared_noise: bool = True
     """steps: whether the images of a group start from the same noise, so that they differ by the window alone."""
+    keep: float = 1.0
+    """Share of a group that is trained on: its highest and lowest advantages (PODS, arXiv 2504.13818)."""
     updates: int = 1
     """Optimiser steps an iteration, each on its share of the prompts."""
     lr: float = 2e-3
@@ -97,8 +101,10 @@ class GRPOConfig:
             "grpo.group must be 2 or more: a group of one has no spread": self.group >= 2,
             "grpo.window must lie between 1 and grpo.num_steps - 1: the last step is deterministic":
                 1 <= self.window < self.num_steps,
+            "grpo.keep must lie above 0 and at most 1": 0 < self.keep <= 1,
             "grpo.draws must be 1 or more": self.draws >= 1,
-            "grpo.max_sigma must lie above 0 and at most 1": 0 < self.max_sigma <= 1,
+            "grpo.min_sigma must be 0 or more and below grpo.max_sigma, which is at most 1":
+                0 <= self.min_sigma < self.max_sigma <= 1,
             "grpo.window_span must lie between 0 and 1": 0 <= self.window_span <= 1,
             "grpo.updates must lie between 1 and grpo.prompts": 1 <= self.updates <= self.prompts,
             "grpo.clip, grpo.lr, grpo.eta and grpo.advantage_clip must be above 0":
@@ -235,7 +241,8 @@ def _levels_and_noise(
     """For each draw a noise level, one in each of equal parts of the range, and noise for each prompt."""
     found = []
     for k in range(config.draws):
-        sigma = config.max_sigma * (k + float(torch.rand((), generator=generator))) / config.draws
+        share = (k + float(torch.rand((), generator=generator))) / config.draws
+        sigma = config.min_sigma + (config.max_sigma - config.min_sigma) * share
         found.append((sigma, torch.randn(like_PNC.shape, generator=generator).to(like_PNC.device)))
     return found
 
@@ -353,6 +360,8 @@ def update(
     Raises FloatingPointError before an optimiser step whose loss or gradient is not finite.
     """
     advantages_B = advantages_B.clamp(-config.advantage_clip, config.advantage_clip)
+    if config.keep < 1:
+        sampled, advantages_B = extremes(sampled, advantages_B, config)
     totals: dict[str, float] = {}
     parts = _split(sampled, config)
     for part in parts:
@@ -372,6 +381,34 @@ def update(
         policy.update_average(config.ema)
         totals["grad_norm"] = totals.get("grad_norm", 0.0) + float(norm) / len(parts)
     return totals
+
+
+def extremes(
+    sampled: Rollout, advantages_B: Float[Tensor, " B"], config: GRPOConfig
+) -> tuple[Rollout, Float[Tensor, " B"]]:
+    """Only the highest and lowest advantages of each group, as many of either, moved so that they add up to 0."""
+    advantages_PG = advantages_B.unflatten(0, (-1, config.group))
+    side = max(1, round(config.keep * config.group / 2))
+    order_PG = advantages_PG.argsort(dim=1)
+    kept_PK = torch.cat([order_PG[:, :side], order_PG[:, -side:]], dim=1)
+    mean_P1 = advantages_PG.gather(1, kept_PK).mean(1, keepdim=True)
+    kept_B = torch.zeros_like(advantages_PG, dtype=torch.bool).scatter(1, kept_PK, True).flatten()
+    batches = [_only(batch, kept_B[batch.rows_B].nonzero().flatten()) for batch in sampled.batches]
+    return replace(sampled, batches=batches), (advantages_PG - mean_P1).flatten()
+
+
+def _only(item: Any, index: Tensor) -> Any:
+    """Some rows of a batch and of its terms."""
+    changed: dict[str, Any] = {}
+    for field in fields(item):
+        value = getattr(item, field.name)
+        if isinstance(value, Tensor):
+            changed[field.name] = value[index]
+        elif field.name == "rows_B":
+            changed[field.name] = [value[i] for i in index.tolist()]
+        elif field.name == "terms":
+            changed[field.name] = [_only(term, index) for term in value]
+    return replace(item, **changed)
 
 
 def term_loss(item: Replay, advantage_B: Tensor, config: GRPOConfig) -> tuple[Tensor, dict[str, Tensor]]:

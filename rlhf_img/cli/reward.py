@@ -76,19 +76,27 @@ def train_artifact(
         "artifact.safetensors"
     ),
     steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps [default: as for the shipped one].")] = None,
+    vae: Annotated[
+        str, typer.Option(metavar="MODEL", help='Half of the images go through its autoencoder; "none": none do.')
+    ] = "playground",
     seed: Annotated[int, typer.Option(help="Of everything.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from where a run to the same --out stopped.")] = False,
 ) -> None:
     """Remake the artifact reward's weights from the playground's renderer; minutes on one CPU core.
+
+    It learns that what an autoencoder does to a clean image is no defect.
 
     Example: rlhf-img reward train artifact --out my/artifact.safetensors --resume
 
     Use them with the reward {reward: artifact, options: {weights: my/artifact.safetensors}}.
     """
     from dataclasses import replace
+    from functools import partial
 
     from rich.progress import Progress
 
+    from rlhf_img.model.loading import load
+    from rlhf_img.model.vae import reconstruct
     from rlhf_img.rewards.artifact_training import ArtifactTraining
     from rlhf_img.rewards.artifact_training import train_artifact as fit
 
@@ -100,7 +108,8 @@ def train_artifact(
         def show(step: int, loss: float) -> None:
             bar.update(task, completed=step, description=f"loss {loss:.3f}")
 
-        card = fit(out, config, resume=resume, progress=show)
+        through = None if vae == "none" else partial(reconstruct, load(vae))
+        card = fit(out, config, resume=resume, clean_transform=through, progress=show)
     typer.echo(json.dumps(card["heldout"], indent=2))
     typer.echo(f"Wrote {out} and {out.with_suffix('.json')}")
 

@@ -95,3 +95,8 @@ def encode(model: Model, images: Float[Tensor, "B 3 H W"], *, batch_size: int = 
 
     with single_frame(vae):
         return torch.cat([one(part) for part in torch.split(images, batch_size)])
+
+
+def reconstruct(model: Model, images_B3HW: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B 3 H W"]:
+    """What the autoencoder makes of float RGB images in [0, 1]: encoded and decoded again."""
+    return decode(model, encode(model, images_B3HW), images_B3HW.shape[-2], images_B3HW.shape[-1])

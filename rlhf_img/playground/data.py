@@ -22,7 +22,7 @@ from rlhf_img.playground.scene import (
     splits_of,
 )
 
-WRONG_CAPTIONS = 0.15
+WRONG_CAPTIONS = 0.05
 """Share of captions in the DiT's training data that describe a scene with one fact changed. Captions of real
 training sets are wrong too; it is part of what leaves alignment something to do."""
 

@@ -47,7 +47,7 @@ def random_look(batch: int, side: int, generator: torch.Generator) -> Look:
     def sometimes(share: float, values: Tensor) -> Tensor:
         return torch.where(torch.rand(batch, generator=generator) < share, values, torch.zeros(()))
 
-    soft = sometimes(0.2, uniform(1.0, 2.2))
+    soft = sometimes(0.3, uniform(1.0, 2.2))
     blur = torch.where(soft > 0, soft, sometimes(0.6, uniform(0.2, 1.0)))
     grain = sometimes(0.25, uniform(6, 22) / 255)
     mono = torch.randn(batch, 1, side, side, generator=generator) * grain[:, None, None, None]

@@ -38,7 +38,7 @@ class ArtifactTraining:
     beside the images'. seed: of everything. save_every: steps between checkpoints.
     """
 
-    steps: int = 2000
+    steps: int = 6000
     pairs: int = 28
     lr: float = 3e-3
     weight_decay: float = 1e-2
