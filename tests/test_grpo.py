@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rlhf_img.algorithms import grpo
 from rlhf_img.algorithms.grpo import GRPOConfig
+from rlhf_img.algorithms.rollout import Batch, Draw, Rollout, Step, extremes, rollout
 from rlhf_img.errors import RlhfImgError, RunStopped
 from rlhf_img.model.conditioning import Conditioner
 from rlhf_img.model.flow import cps_step
@@ -36,13 +37,13 @@ def world() -> tuple[Model, Policy, Conditioner]:
     return model, policy, Conditioner(model)
 
 
-def rolled(world: tuple[Model, Policy, Conditioner], config: GRPOConfig = CONFIG, seed: int = 5) -> grpo.Rollout:
+def rolled(world: tuple[Model, Policy, Conditioner], config: GRPOConfig = CONFIG, seed: int = 5) -> Rollout:
     model, policy, conditioner = world
-    return grpo.rollout(model, policy, conditioner, PROMPTS[: config.prompts], config, seed)
+    return rollout(model, policy, conditioner, PROMPTS[: config.prompts], config, seed)
 
 
-def steps_of(batch: grpo.Batch) -> list[grpo.Step]:
-    return [term for term in batch.terms if isinstance(term, grpo.Step)]
+def steps_of(batch: Batch) -> list[Step]:
+    return [term for term in batch.terms if isinstance(term, Step)]
 
 
 def gradients(policy: Policy) -> dict[str, Tensor]:
@@ -50,7 +51,7 @@ def gradients(policy: Policy) -> dict[str, Tensor]:
 
 
 def loss_gradients(
-    world: tuple[Model, Policy, Conditioner], sampled: grpo.Rollout, advantages: Tensor, config: GRPOConfig = CONFIG
+    world: tuple[Model, Policy, Conditioner], sampled: Rollout, advantages: Tensor, config: GRPOConfig = CONFIG
 ) -> dict[str, Tensor]:
     """Gradients of one update, read before the optimiser steps (a zero learning rate keeps the weights)."""
     policy = world[1]
@@ -114,10 +115,11 @@ def test_shared_noise_differs_only_by_the_window(world: tuple[Model, Policy, Con
 
 def test_draws_share_noise_within_a_group_alone(world: tuple[Model, Policy, Conditioner]) -> None:
     sampled = rolled(world, FORWARD)
+    width = FORWARD.max_sigma - FORWARD.min_sigma
     noise = torch.zeros(FORWARD.draws, 6, *sampled.latents().shape[1:])
     for batch in sampled.batches:
         for k, term in enumerate(batch.terms):
-            assert isinstance(term, grpo.Draw) and k <= term.sigma / FORWARD.max_sigma * FORWARD.draws < k + 1
+            assert isinstance(term, Draw) and k <= (term.sigma - FORWARD.min_sigma) / width * FORWARD.draws < k + 1
             noise[k, batch.rows_B] = term.target_BNC + batch.final_BNC
             noised = (1 - term.sigma) * batch.final_BNC + term.sigma * noise[k, batch.rows_B]
             torch.testing.assert_close(term.x_BNC, noised, atol=1e-5, rtol=1e-5)
@@ -215,19 +217,37 @@ def test_gradient_does_not_depend_on_the_batch_split(
     def part(value: object, b: int) -> object:
         return value[b : b + 1] if isinstance(value, Tensor) else value
 
-    def cut(term: grpo.Step | grpo.Draw, b: int) -> grpo.Step | grpo.Draw:
+    def cut(term: Step | Draw, b: int) -> Step | Draw:
         return dataclasses.replace(term, **{f.name: part(getattr(term, f.name), b) for f in dataclasses.fields(term)})
 
     advantages = torch.tensor([1.0, -1.0, 0.5, -0.5, 2.0, -2.0])
     whole = rolled(world, config)
     split = dataclasses.replace(whole, batches=[
-        grpo.Batch(rows_B=[row], text_BLD=batch.text_BLD[b : b + 1], terms=[cut(term, b) for term in batch.terms],
-                   final_BNC=batch.final_BNC[b : b + 1])
+        Batch(rows_B=[row], text_BLD=batch.text_BLD[b : b + 1], terms=[cut(term, b) for term in batch.terms],
+              final_BNC=batch.final_BNC[b : b + 1])
         for batch in whole.batches for b, row in enumerate(batch.rows_B)
     ])  # fmt: skip
     one, other = loss_gradients(world, whole, advantages, config), loss_gradients(world, split, advantages, config)
     for name in one:
         torch.testing.assert_close(one[name], other[name], rtol=1e-3, atol=1e-6)
+
+
+@both
+def test_extremes_are_the_ends_of_each_group_moved_to_mean_zero(
+    world: tuple[Model, Policy, Conditioner], config: GRPOConfig
+) -> None:
+    config = dataclasses.replace(config, group=4, keep=0.5, prompts=2)
+    whole = rolled(world, config)
+    advantages = torch.tensor([0.3, -0.7, 0.0, 1.0, 2.0, -1.0, -0.5, -0.4])
+    some, moved = extremes(whole, advantages, config)
+    rows = sorted(row for batch in some.batches for row in batch.rows_B)
+    assert rows == [1, 3, 4, 5]
+    torch.testing.assert_close(moved[rows], torch.tensor([-0.85, 0.85, 1.5, -1.5]))
+    for before, after in zip(whole.batches, some.batches, strict=True):
+        kept = [before.rows_B.index(row) for row in after.rows_B]
+        assert torch.equal(after.final_BNC, before.final_BNC[kept])
+        for old, new in zip(before.terms, after.terms, strict=True):
+            assert torch.equal(new.x_BNC, old.x_BNC[kept]) and new.sigma == old.sigma
 
 
 def test_latents_come_back_in_prompt_order(world: tuple[Model, Policy, Conditioner]) -> None:
@@ -285,7 +305,8 @@ def test_full_fine_tuning_starts_at_its_reference_and_leaves_it() -> None:
 
 @pytest.mark.parametrize(
     ("field", "value"), [("group", 1), ("window", 10), ("clip", 0.0), ("ema", 1.0), ("updates", 9), ("kl", -1.0),
-                         ("draws", 0), ("max_sigma", 1.5), ("reference_guidance", -1.0)]
+                         ("draws", 0), ("max_sigma", 1.5), ("min_sigma", 0.95),
+                         ("keep", 0.0), ("reference_guidance", -1.0)]
 )
 def test_settings_that_cannot_work_are_refused(field: str, value: float) -> None:
     with pytest.raises(RlhfImgError, match=f"grpo.{field}"):

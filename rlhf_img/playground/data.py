@@ -13,6 +13,7 @@ from rlhf_img.playground.scene import (
     RADII,
     RELATIONS,
     SHAPES,
+    STYLED,
     STYLES,
     WORDS,
     Scene,
@@ -37,10 +38,12 @@ class Example:
     """uint8 (64, 64, 3), RGB."""
 
 
-def example(seed: int, split: Split = "train", wrong_captions: float = 0.0) -> Example:
-    """The example of a seed: the same on every machine."""
+def example(
+    seed: int, split: Split = "train", *, wrong_captions: float = 0.0, styled: float = STYLED
+) -> Example:
+    """The example of a seed: the same on every machine. `styled` is the share of scenes in a deliberate style."""
     rng = np.random.default_rng((seed, len(split)))
-    scene = sample_scene(rng, split)
+    scene = sample_scene(rng, split, styled)
     image = render(scene, seed)
     told = break_scene(scene, rng)[0] if rng.random() < wrong_captions else scene
     if splits_of(told) != splits_of(scene):

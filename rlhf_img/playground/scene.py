@@ -26,6 +26,8 @@ BACKGROUNDS: dict[str, tuple[int, int, int]] = {
     "brown": (110, 75, 45),
 }
 STYLES = ("film grain", "soft focus", "vignette")
+STYLED = 0.12
+"""Share of scenes in one of these styles."""
 WORDS = ("GO", "HI", "NO", "UP", "SUN", "CAT", "BUS", "TEA", "OPEN", "STOP", "LOVE", "MOON")
 RELATIONS = ("left of", "right of", "above", "below")
 RADII = {"small": 8.0, "medium": 10.0, "large": 13.0}
@@ -84,17 +86,17 @@ WORD_BAND = 20
 """Height in pixels of the strip that a word takes at the top or the bottom."""
 
 
-def sample_scene(rng: np.random.Generator, split: Split = "train") -> Scene:
+def sample_scene(rng: np.random.Generator, split: Split = "train", styled: float = STYLED) -> Scene:
     """A random scene of a split. Outside `train`, the first thing is a combination that training never shows,
     and no scene holds a combination of the other unseen split."""
     kind = str(rng.choice(_KINDS, p=_KIND_WEIGHTS))
     while True:
-        scene = _try_scene(rng, kind, split)
+        scene = _try_scene(rng, kind, split, styled)
         if scene is not None:
             return scene
 
 
-def _try_scene(rng: np.random.Generator, kind: str, split: Split) -> Scene | None:
+def _try_scene(rng: np.random.Generator, kind: str, split: Split, styled: float) -> Scene | None:
     background = str(rng.choice(list(BACKGROUNDS)))
     kinds_of_thing = _draw_pairs(rng, split, background)
     counts: tuple[int, ...]
@@ -126,7 +128,7 @@ def _try_scene(rng: np.random.Generator, kind: str, split: Split) -> Scene | Non
         relation=relation,
         word=word,
         word_at_top=word_at_top,
-        style=str(rng.choice(visible)) if rng.random() < 0.12 else None,
+        style=str(rng.choice(visible)) if rng.random() < styled else None,
     )
 
 

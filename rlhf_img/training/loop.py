@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from rlhf_img.algorithms import grpo
+from rlhf_img.algorithms.rollout import rollout
 from rlhf_img.errors import RlhfImgError, RunStopped
 from rlhf_img.model.conditioning import Conditioner
 from rlhf_img.model.export import save_lora
@@ -112,7 +113,7 @@ def iteration(parts: Parts, step: int) -> dict[str, float]:
     clock = _Clock()
     drawn = prompt_room.draw(parts.train_prompts, config.grpo.prompts, step - 1, config.seed)
     texts = [p.text for p in drawn]
-    sampled = grpo.rollout(
+    sampled = rollout(
         parts.model, parts.policy, parts.conditioner, texts, config.grpo, _rollout_seed(config, step)
     )
     deviation = check_ratios(parts.policy, sampled, config.grpo) if step == 1 else math.nan

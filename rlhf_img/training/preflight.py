@@ -6,7 +6,8 @@ schedule in training than in rollout), the clip range would cut on noise and the
 
 import torch
 
-from rlhf_img.algorithms.grpo import GRPOConfig, Rollout, replay
+from rlhf_img.algorithms.grpo import GRPOConfig, replay
+from rlhf_img.algorithms.rollout import Rollout
 from rlhf_img.errors import RunStopped
 from rlhf_img.model.policy import Policy
 
