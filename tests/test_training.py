@@ -177,9 +177,9 @@ def test_what_the_judge_did_is_in_every_row_and_its_id_in_every_score(
         str(tmp_path / "prompts.txt"), "--config", str(tmp_path / "run.yaml"), "--out", str(out), *SMALL, "steps=2",
     ]  # fmt: skip
     assert run(monkeypatch, words) == 0
-    # Both prompts are in each iteration, three images each: 2 and 1 questions an image.
+    # Both prompts are in each iteration, with three images each: is it there, is it one, and is it red.
     asked = [row["judge/calls"] - (16 if "judge/drift" in row else 0) for row in lines(out)]
-    assert asked == [9, 9] and all(row["judge/failed"] == 0 for row in lines(out))
+    assert asked == [15, 15] and all(row["judge/failed"] == 0 for row in lines(out))
     drifts = [row["judge/drift"] for row in lines(out) if "judge/drift" in row]
     assert drifts == [0.0] and "judge/seconds_p95" in lines(out)[0]
     samples = json.loads((out / "samples" / "after" / "samples.json").read_text())
