@@ -46,7 +46,7 @@ def served(folder: Path, *command: str, **env: str) -> Iterator[str]:
             deadline = time.monotonic() + START_S
             while not _ready(port):
                 if it.poll() is not None or time.monotonic() > deadline:
-                    pytest.fail(f"the server {'ended' if it.poll() is not None else 'is late'}:\n{log.read_text()[-3000:]}")
+                    pytest.fail(f"no server after {START_S} s, or it ended:\n{log.read_text()[-3000:]}")
                 time.sleep(0.2)
             yield f"http://127.0.0.1:{port}/v1"
         finally:
@@ -127,8 +127,10 @@ P_YES = 0.75
 
 @pytest.fixture(scope="module")
 def reciting(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Qwen3 that says "Sure!" and `REPLY` after a system prompt, and Yes or No to others: each token is chosen by
-    the one before it alone."""
+    """A tiny Qwen3 that says "Sure!" and `REPLY` after a system prompt, and Yes or No to others.
+
+    Each token is chosen by the one before it alone.
+    """
     folder = tmp_path_factory.mktemp("reciting")
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     core = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
@@ -171,7 +173,8 @@ def test_vllm_writes_rubrics_in_the_schema_and_gives_token_probabilities(recitin
         pytest.skip(f"{VLLM_PYTHON} names no interpreter with vLLM: make vllm")
     command = (python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(reciting), "--served-model-name",
                "reciting", "--enforce-eager", "--dtype", "float32")  # fmt: skip
-    settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": "", "VLLM_NO_USAGE_STATS": "1"}
+    settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1",
+                "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}  # fmt: skip
     with served(reciting, *command, **settings) as url:
         options = ["--decomposer", "llm", "--judge-url", url, "--judge-model", "reciting"]
         done = CliRunner().invoke(app, ["decompose", "a cat, stunning", *options])

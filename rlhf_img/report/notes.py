@@ -44,8 +44,8 @@ def _about_training(run: Run) -> list[str]:
     drift = max((value for value in run.metrics.get("judge/drift", []) if value is not None), default=0.0)
     if drift > TOLERANCE:
         notes.append(
-            f"The judge has changed: its answers to the canary questions moved by up to {drift:.2f} during training, so "
-            "that scores from early and late steps are not comparable."
+            f"The judge has changed: its answers to the canary questions moved by up to {drift:.2f} during training. "
+            "Scores from early and late steps are not comparable."
         )
     if not any(key.startswith("sentinel/") for key in run.metrics):
         notes.append("No sentinels were recorded, so reward hacking would go unseen here.")
