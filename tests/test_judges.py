@@ -226,8 +226,9 @@ def test_a_server_may_ask_to_wait_but_not_for_ever(status, header, seconds, monk
         return handler.send(status, b"later", Retry_After=header()) if n == 1 else completion(top={"Yes": 0.5})
 
     with serving(reply) as server:
-        (answer,) = judge_at(server, attempts=2, max_wait_s=30).ask([ASK])
-    assert answer.p_yes == 1 and seconds - 1.5 <= max(waits) <= seconds + 0.5  # a date has whole seconds, then 0 to 0.5
+        (answer,) = judge_at(server, attempts=2, max_wait_s=30, timeout_s=20, connect_s=20).ask([ASK])
+    # A date has whole seconds, and time goes by until it is read; 0 to 0.5 s are added by chance.
+    assert answer.p_yes == 1 and seconds - 4 <= max(waits) <= seconds + 0.5
 
 
 def test_the_wait_that_a_server_asks_for_is_really_waited():
@@ -237,8 +238,8 @@ def test_the_wait_that_a_server_asks_for_is_really_waited():
 
     times = []
     with serving(reply) as server:
-        (answer,) = judge_at(server, attempts=2, max_wait_s=0.3).ask([ASK])
-    assert answer.p_yes == 1 and 0.3 <= times[1] - times[0] < 2 and answer.seconds >= 0.3
+        (answer,) = judge_at(server, attempts=2, max_wait_s=0.3, timeout_s=20, connect_s=20).ask([ASK])
+    assert answer.p_yes == 1 and 0.3 <= times[1] - times[0] < 15 and answer.seconds >= 0.3
 
 
 def test_what_will_not_pass_is_not_tried_again():
