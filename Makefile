@@ -4,10 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+# An environment of its own, because vLLM wants its own versions of what we use too.
+VLLM := .venv-vllm
+export RLHF_IMG_VLLM_PYTHON ?= $(if $(wildcard $(VLLM)/.installed),$(CURDIR)/$(VLLM)/bin/python)
 # Extra arguments: make grpo ARGS="--seed 1", make test ARGS="-k report"
 ARGS ?=
 
-.PHONY: help grpo test check format wheel clean
+.PHONY: help grpo test check format wheel vllm clean
 .DEFAULT_GOAL := help
 
 help: ## Show these commands
@@ -29,8 +32,10 @@ format: $(INSTALLED) ## Mend what the linter can mend
 wheel: $(INSTALLED) ## Build dist/*.whl
 	$(PIP) wheel --no-deps --wheel-dir dist .
 
+vllm: $(VLLM)/.installed ## Build the environment (2.4 GB) in which a test starts vLLM; without it that test is skipped
+
 clean: ## Remove .venv and what tools left; runs/ stays
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VLLM) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 
 # torch goes first and alone: whoever has set pip to a wheel without CUDA keeps it, and the rest builds on it.
 $(INSTALLED): pyproject.toml constraints.txt
@@ -39,4 +44,11 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install -q -c constraints.txt torch
 	$(PIP) install -q -c constraints.txt -e '.[dev]'
+	@touch $@
+
+$(VLLM)/.installed: tests/vllm-requirements.txt
+	rm -rf $(VLLM)
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip --disable-pip-version-check install -q --no-deps -r $<
+	$(VLLM)/bin/python -c 'import vllm'
 	@touch $@

@@ -1,5 +1,6 @@
 """Judges: the arithmetic of P(yes), a server that misbehaves in every way, and an account that never hides it."""
 
+import asyncio
 import json
 import math
 import subprocess
@@ -7,6 +8,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 
@@ -14,7 +17,7 @@ import numpy as np
 import pytest
 
 from rlhf_img.errors import RlhfImgError, RunStopped
-from rlhf_img.judges import Ask, Canary, FakeJudge, JudgeConfig, open_judge
+from rlhf_img.judges import Ask, Canary, Drift, FakeJudge, JudgeConfig, accounted, canary, loading, open_judge
 from rlhf_img.judges.openai import OpenAIJudge
 from rlhf_img.judges.protocol import Usage, p_yes_from_logprobs, verdict_of
 
@@ -54,8 +57,10 @@ class Handler(BaseHTTPRequestHandler):
         if answer is not None:
             self.send(200, json.dumps(answer).encode())
 
-    def send(self, status: int, content: bytes, length: int | None = None) -> None:
+    def send(self, status: int, content: bytes, length: int | None = None, **headers: str) -> None:
         self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
         self.send_header("Content-Length", str(len(content) if length is None else length))
         self.end_headers()
         self.wfile.write(content)
@@ -195,6 +200,48 @@ def test_what_passes_is_tried_again(status):
     assert answer.p_yes == 0 and judge.usage.retries == 1 and judge.usage.failures == 0
 
 
+def in_seconds(seconds):
+    return format_datetime(datetime.now(UTC) + timedelta(seconds=seconds), usegmt=True)
+
+
+@pytest.mark.parametrize(
+    "status, header, seconds",
+    [
+        (429, lambda: "7", 7), (503, lambda: " 7 ", 7), (429, lambda: in_seconds(20), 20), (503, lambda: "0", 0),
+        (429, lambda: in_seconds(-20), 0), (429, lambda: "9" * 5000, 30), (429, lambda: in_seconds(9e6), 30),
+        (503, lambda: "soon", 0), (503, lambda: "-3", 0), (503, lambda: "nan", 0), (503, lambda: "", 0),
+        (503, lambda: "Wed, 21 Oct 99999 07:28:00 GMT", 0), (500, lambda: "7", 0),
+    ],
+)  # fmt: skip
+def test_a_server_may_ask_to_wait_but_not_for_ever(status, header, seconds, monkeypatch):
+    waits, real = [], asyncio.sleep
+
+    def sleep(asked, *result):
+        waits.append(asked)
+        return real(0, *result)
+
+    monkeypatch.setattr("asyncio.sleep", sleep)
+
+    def reply(handler, body, n):
+        return handler.send(status, b"later", Retry_After=header()) if n == 1 else completion(top={"Yes": 0.5})
+
+    with serving(reply) as server:
+        (answer,) = judge_at(server, attempts=2, max_wait_s=30, timeout_s=20, connect_s=20).ask([ASK])
+    # A date has whole seconds, and time goes by until it is read; 0 to 0.5 s are added by chance.
+    assert answer.p_yes == 1 and seconds - 4 <= max(waits) <= seconds + 0.5
+
+
+def test_the_wait_that_a_server_asks_for_is_really_waited():
+    def reply(handler, body, n):
+        times.append(time.monotonic())
+        return handler.send(429, b"later", Retry_After="30") if n == 1 else completion(top={"Yes": 0.5})
+
+    times = []
+    with serving(reply) as server:
+        (answer,) = judge_at(server, attempts=2, max_wait_s=0.3, timeout_s=20, connect_s=20).ask([ASK])
+    assert answer.p_yes == 1 and 0.3 <= times[1] - times[0] < 15 and answer.seconds >= 0.3
+
+
 def test_what_will_not_pass_is_not_tried_again():
     with serving(lambda h, b, n: h.send(404, b"unknown model")) as server:
         judge_at(server, attempts=3).ask([ASK])
@@ -235,8 +282,6 @@ def test_half_of_the_calls_may_fail_but_not_more():
 
 
 def test_it_works_inside_a_running_loop():
-    import asyncio
-
     async def caller():
         return judge_at(server).ask([ASK])
 
@@ -279,15 +324,60 @@ def test_the_fake_judge_fails_and_dawdles_as_told():
 
 
 def test_the_canary_reports_the_mean_absolute_change(caplog):
-    given = iter([0.5, 0.2, None, 0.9] + [0.7] * 14 + [0.4, 0.6, None] + [0.7] * 13)
+    given = iter([0.5, 0.2, None, 0.9] + [0.7] * 14 + [0.4, 0.6, None] + [0.7] * 13)  # two of them flip
     judge = Canary(FakeJudge(answer=lambda ask: next(given)), every=18)
     judge.ask([ASK] * 4)
     assert judge.usage.drift == []
     judge.ask([ASK] * 14)  # kept: 0.5, 0.2, 0.9 and 13 times 0.7; then these are asked again
-    assert judge.usage.drift == [pytest.approx((0.1 + 0.4) / 15)] and not caplog.text
+    assert judge.usage.drift == [pytest.approx(Drift(change=(0.1 + 0.4) / 15, flipped=2 / 15))] and not caplog.text
     moved = Canary(FakeJudge(answer=lambda ask: 1.0 if moved.usage.calls else 0.0), every=2)
     moved.ask([ASK] * 2)
-    assert moved.usage.drift == [0.5] and "not comparable" in caplog.text
+    assert moved.usage.drift == [Drift(change=0.5, flipped=0.5)] and "not comparable" in caplog.text
+
+
+def test_the_canary_questions_are_about_images_of_the_whole_batch_and_outlive_it():
+    batch = np.arange(40, dtype=np.uint8).reshape(40, 1, 1, 1).repeat(3, axis=3)
+    seen = []
+    judge = Canary(FakeJudge(answer=lambda ask: seen.append(int(ask.image[0, 0, 0])) or 0.5), every=40)
+    asks = [Ask(image=image, question=q) for image in batch for q in ("cat?", "dog?", "sun?")]
+    judge.ask(asks)
+    again = seen[len(asks) :]
+    assert len(again) == canary.SIZE and len(set(again)) == canary.SIZE and max(again) >= 35
+    batch[:] = 0
+    judge.ask(asks)
+    assert seen[-canary.SIZE :] == again
+
+
+def test_the_account_of_a_block_holds_what_judges_did_in_it(monkeypatch):
+    monkeypatch.setattr(loading, "_usages", [])
+    with accounted() as nothing:
+        FakeJudge().ask([ASK])
+    assert nothing == {}
+    retried = []
+
+    def reply(handler, body, n):
+        if n % 10 == 5 and n not in retried:
+            return retried.append(n) or handler.send(404 if n == 5 else 503, b"no")
+        time.sleep(0.1 if n == 8 else 0)
+        return completion(top={"Yes": 0.8})
+
+    with serving(reply) as server:
+        url = f"http://127.0.0.1:{server.server_address[1]}/v1"
+        config = JudgeConfig(url=url, model="m", concurrency=1, attempts=2, canary_every=9)
+        with accounted() as first:
+            open_judge(config).ask([ASK] * 4)
+        with accounted() as second:
+            open_judge(config).ask([ASK] * 5)
+            open_judge(JudgeConfig(url="fake:", model="m", canary_every=0)).ask([ASK] * 2)
+        with accounted() as third:
+            pass
+    assert (first["judge/calls"], first["judge/failed"], first["judge/prompt_tokens"]) == (4, 0, 28)
+    assert "judge/drift" not in first
+    # 5 questions, of which the first failed, 2 to the fake, and 8 canary questions, of which one was asked twice.
+    assert (second["judge/calls"], second["judge/failed"], second["judge/retries"]) == (15, 1, 1)
+    assert (second["judge/drift"], second["judge/flipped"]) == (0, 0) and second["judge/prompt_tokens"] == 12 * 7
+    assert second["judge/seconds_mean"] < second["judge/seconds_p95"] and second["judge/seconds_p95"] > 0.02
+    assert third == {}
 
 
 def test_opening_the_room_loads_neither_torch_nor_a_client():

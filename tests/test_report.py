@@ -232,6 +232,21 @@ def test_pairs_are_matched_by_prompt_and_seed_and_changes_are_marked(tmp_path: P
     assert "no image" in read(build([tmp_path / "run"])).text
 
 
+def test_a_judge_that_changed_is_said_and_what_it_did_not_answer_is_counted(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        line |= {"judge/calls": 480, "judge/failed": 2}
+    lines[10] |= {"judge/drift": 0.02, "judge/flipped": 0.0}
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = build([run]).read_text()
+    assert "<h3>Judge</h3>" in page and "judge: questions without an answer" in page
+    assert "The judge has changed" not in page
+    lines[30] |= {"judge/drift": 0.31, "judge/flipped": 0.5}
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert "moved by up to 0.31" in build([run]).read_text()
+
+
 def test_several_runs_stand_side_by_side(tmp_path: Path) -> None:
     runs = [write_run(tmp_path / "a"), write_run(tmp_path / "b", gain=-0.15, steps=20, seed=1)]
     out = build(runs, tmp_path / "both.html")

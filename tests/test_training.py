@@ -165,6 +165,27 @@ def test_some_unscored_images_are_counted_and_the_run_goes_on(
     assert math.isfinite(lines(tmp_path / "run")[0]["loss"])
 
 
+def test_what_the_judge_did_is_in_every_row_and_its_id_in_every_score(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "prompts.txt").write_text("a red cat\na dog\n")
+    judge = {"url": "fake:", "model": "any", "max_failed": 0.9, "canary_every": 20}
+    (tmp_path / "run.yaml").write_text(json.dumps({"rewards": [{"reward": "rubric", "options": {"judge": judge}}]}))
+    out = tmp_path / "run"
+    words = [
+        "grpo", "--model", str(files / "model"), "--prompts", str(tmp_path / "prompts.txt"), "--eval-prompts",
+        str(tmp_path / "prompts.txt"), "--config", str(tmp_path / "run.yaml"), "--out", str(out), *SMALL, "steps=2",
+    ]  # fmt: skip
+    assert run(monkeypatch, words) == 0
+    # Both prompts are in each iteration, with three images each: is it there, is it one, and is it red.
+    asked = [row["judge/calls"] - (16 if "judge/drift" in row else 0) for row in lines(out)]
+    assert asked == [15, 15] and all(row["judge/failed"] == 0 for row in lines(out))
+    drifts = [row["judge/drift"] for row in lines(out) if "judge/drift" in row]
+    assert drifts == [0.0] and "judge/seconds_p95" in lines(out)[0]
+    samples = json.loads((out / "samples" / "after" / "samples.json").read_text())
+    assert all(r["evidence"].startswith("fake: P(yes)") for s in samples for r in s["requirements"])
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [

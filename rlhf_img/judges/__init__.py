@@ -10,7 +10,20 @@ Nothing here imports torch or an HTTP client before a judge that needs it is ope
 
 from rlhf_img.judges.canary import Canary
 from rlhf_img.judges.fake import FakeJudge
-from rlhf_img.judges.loading import open_judge
-from rlhf_img.judges.protocol import Answer, Ask, Judge, JudgeConfig, Message, Reply, Usage
+from rlhf_img.judges.loading import accounted, open_judge
+from rlhf_img.judges.protocol import Answer, Ask, Drift, Judge, JudgeConfig, Message, Reply, Usage
 
-__all__ = ["Answer", "Ask", "Canary", "FakeJudge", "Judge", "JudgeConfig", "Message", "Reply", "Usage", "open_judge"]
+__all__ = [
+    "Answer",
+    "Ask",
+    "Canary",
+    "Drift",
+    "FakeJudge",
+    "Judge",
+    "JudgeConfig",
+    "Message",
+    "Reply",
+    "Usage",
+    "accounted",
+    "open_judge",
+]

@@ -7,6 +7,8 @@ import os
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from functools import lru_cache
 from typing import Annotated, Any, TypeVar
 
@@ -35,6 +37,8 @@ from rlhf_img.judges.protocol import (
 
 TOP_LOGPROBS = 20
 """The most that OpenAI's interface and vLLM give without further settings."""
+
+_backoff = wait_random_exponential(multiplier=0.5, max=20)
 
 T = TypeVar("T")
 
@@ -79,7 +83,8 @@ class _NoAnswerError(Exception):
 
 
 class OpenAIJudge:
-    """Asks a server, with up to `concurrency` questions in flight, each retried after growing, random waits.
+    """Asks a server, with up to `concurrency` questions in flight, each retried after growing, random waits, and
+    after what the server asks for.
 
     P(yes) comes from the first token's probabilities or, with `votes`, from repeated samples, each a request of its
     own because not every server gives several at once.
@@ -151,7 +156,7 @@ class OpenAIJudge:
         """The only choice of a chat completion. Raises _NoAnswerError once retries do not help."""
         retrying = AsyncRetrying(
             stop=stop_after_attempt(self.config.attempts),
-            wait=wait_random_exponential(multiplier=0.5, max=20),
+            wait=self._wait,
             retry=retry_if_exception(_is_transient),
             before_sleep=self._count_retry,
             reraise=True,
@@ -209,6 +214,12 @@ class OpenAIJudge:
         with ThreadPoolExecutor(max_workers=1) as pool:
             return pool.submit(asyncio.run, run()).result()
 
+    def _wait(self, state: RetryCallState) -> float:
+        """Seconds until the next try. The random part keeps those that were refused together from coming together."""
+        error = state.outcome.exception() if state.outcome else None
+        asked = _retry_after(error.response) if isinstance(error, httpx.HTTPStatusError) else 0.0
+        return min(asked, self.config.max_wait_s) + _backoff(state)
+
     def _count_retry(self, _: RetryCallState) -> None:
         self.usage.retries += 1
 
@@ -227,6 +238,21 @@ def _is_transient(error: BaseException) -> bool:
     if isinstance(error, httpx.HTTPStatusError):
         return error.response.status_code == 429 or error.response.status_code >= 500
     return isinstance(error, httpx.TransportError | TimeoutError)
+
+
+def _retry_after(response: httpx.Response) -> float:
+    """Seconds that a server asks to wait (RFC 9110, section 10.2.3: a number or a date); 0 where it says nothing."""
+    text = response.headers.get("Retry-After", "").strip()
+    if response.status_code not in (429, 503) or not text:
+        return 0.0
+    if text.isdecimal():
+        return float(text)
+    try:
+        until = parsedate_to_datetime(text)
+    except (ValueError, OverflowError):
+        return 0.0
+    until = until if until.tzinfo else until.replace(tzinfo=UTC)
+    return max(0.0, (until - datetime.now(UTC)).total_seconds())
 
 
 def _endpoint(url: str | None) -> str:

@@ -5,7 +5,7 @@ import math
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -44,6 +44,8 @@ class JudgeConfig:
     """Seconds for a whole reply, however slowly it comes."""
     attempts: int = 4
     """Tries of one request; 429, 5xx, time-outs and lost connections are tried again."""
+    max_wait_s: float = 60.0
+    """The most seconds to wait before a retry because the server asks for it (`Retry-After`)."""
     max_tokens: int = 2048
     """Length of a reply to a text conversation."""
     max_failed: float = 0.5
@@ -59,6 +61,8 @@ class JudgeConfig:
             raise ValueError(f"max_failed is a share in [0, 1]; given {self.max_failed}")
         if self.connect_s <= 0 or self.timeout_s <= 0:
             raise ValueError(f"connect_s and timeout_s are above 0; given {self.connect_s} and {self.timeout_s}")
+        if self.max_wait_s < 0:
+            raise ValueError(f"max_wait_s is at least 0; given {self.max_wait_s}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -111,13 +115,22 @@ class Judge(Protocol):
         """
 
 
+class Drift(NamedTuple):
+    """How far a judge's answers to its canary questions are from its first ones."""
+
+    change: float
+    """Mean absolute change of P(yes)."""
+    flipped: float
+    """Share of the questions whose answer went from yes to no or back."""
+
+
 @dataclass(kw_only=True)
 class Usage:
     """An account of a judge's calls, and the stop when too many of them fail.
 
     calls: questions and conversations, of which `failures` gave nothing, for the `reasons` counted. retries, seconds
-    (summed over calls) and tokens as the server states them. drift: mean absolute change of P(yes) on the canary
-    questions, one value for each time they were asked again.
+    (summed over calls, and `latest` for each of the last calls) and tokens as the server states them. drift: one entry
+    for each time that the canary questions were asked again.
     """
 
     max_failed: float = 0.5
@@ -128,13 +141,15 @@ class Usage:
     completion_tokens: int = 0
     seconds: float = 0.0
     reasons: Counter[str] = field(default_factory=Counter)
-    drift: list[float] = field(default_factory=list)
+    latest: deque[float] = field(default_factory=lambda: deque(maxlen=10_000))
+    drift: list[Drift] = field(default_factory=list)
     _recent: deque[str | None] = field(default_factory=lambda: deque(maxlen=200))
 
     def record(self, reason: str | None, seconds: float = 0.0) -> None:
         """Count one call; `reason` says why it failed. Raises RunStopped if too many of the last ones did."""
         self.calls += 1
         self.seconds += seconds
+        self.latest.append(seconds)
         self._recent.append(reason)
         if reason is None:
             return

@@ -1,5 +1,6 @@
 """What a reader should know before believing a report."""
 
+from rlhf_img.judges.canary import TOLERANCE
 from rlhf_img.report.load import Run
 
 
@@ -39,6 +40,12 @@ def _about_training(run: Run) -> list[str]:
         notes.append(
             f"Trained on: {', '.join(trained_on)}. A reward that is trained on can rise without images getting better; "
             "the pictures and the sentinels are there to tell."
+        )
+    drift = max((value for value in run.metrics.get("judge/drift", []) if value is not None), default=0.0)
+    if drift > TOLERANCE:
+        notes.append(
+            f"The judge has changed: its answers to the canary questions moved by up to {drift:.2f} during training. "
+            "Scores from early and late steps are not comparable."
         )
     if not any(key.startswith("sentinel/") for key in run.metrics):
         notes.append("No sentinels were recorded, so reward hacking would go unseen here.")

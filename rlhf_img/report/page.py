@@ -28,6 +28,13 @@ _EXPLAINED = {
     "advantage/std": "spread of the advantages",
     "lr": "learning rate",
     "loss": "not comparable between steps; no measure of quality",
+    "judge/calls": "questions that the judge was asked",
+    "judge/failed": "of these, without an answer: left unscored",
+    "judge/retries": "requests sent again",
+    "judge/seconds_mean": "seconds a question, its retries included",
+    "judge/seconds_p95": "95 of 100 questions took no longer",
+    "judge/drift": "change of P(yes) on the canary questions since the start",
+    "judge/flipped": "share of the canary questions that are now answered otherwise",
     "sentinel/diversity": "how different the images of one prompt are",
     "sentinel/high_freq": "share of energy in the finest detail: noise, grids",
     "sentinel/saturation": "mean colour saturation",
@@ -37,6 +44,7 @@ _EXPLAINED = {
 _GROUPS = {
     "Rewards": ("reward/", "rubric/"),
     "Sentinels: a drift here while rewards rise is a warning": ("sentinel/",),
+    "Judge": ("judge/",),
     "Optimisation": ("",),
 }
 _PARTS = ("rollout", "reward", "train")
@@ -251,6 +259,8 @@ def _counts(run: Run) -> list[tuple[str, str]]:
         known = [v for v in values if v is not None]
         if key.startswith("reward/") and key.endswith("/unscored") and known:
             counts.append((f"{key.split('/')[1]}: unscored in training", f"{sum(known):g} images"))
+        elif key == "judge/failed" and known:
+            counts.append(("judge: questions without an answer", f"{sum(known):g}"))
         elif key in ("ties", "zero_spread_groups") and known:
             label = "ties" if key == "ties" else "groups without spread"
             counts.append((f"{label}, mean over steps", short(sum(known) / len(known))))

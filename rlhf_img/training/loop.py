@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rlhf_img.algorithms import grpo
 from rlhf_img.algorithms.rollout import rollout
 from rlhf_img.errors import RlhfImgError, RunStopped
+from rlhf_img.judges import accounted
 from rlhf_img.model.conditioning import Conditioner
 from rlhf_img.model.export import save_lora
 from rlhf_img.model.loading import PLAYGROUND, Model, fast_dtype, load
@@ -122,10 +123,11 @@ def iteration(parts: Parts, step: int) -> dict[str, float]:
     clock.lap("rollout")
 
     repeated = [p for p in drawn for _ in range(config.grpo.group)]
-    scores = score(
-        parts.rewards, [p.text for p in repeated], images, {"rubrics": [p.rubric for p in repeated]},
-        group_size=config.grpo.group, max_unscored=config.max_unscored,
-    )  # fmt: skip
+    with accounted() as judged:
+        scores = score(
+            parts.rewards, [p.text for p in repeated], images, {"rubrics": [p.rubric for p in repeated]},
+            group_size=config.grpo.group, max_unscored=config.max_unscored,
+        )  # fmt: skip
     values_PGK = scores.values_BK.unflatten(0, (len(drawn), config.grpo.group))
     gates = [(p.rubric or rubric_of(p.text)).gates for p in drawn]
     advantages_PG, metrics = advantages(parts.rewards, values_PGK, method=config.combine, prompt_gates=gates)
@@ -147,7 +149,7 @@ def iteration(parts: Parts, step: int) -> dict[str, float]:
     seen = {f"sentinel/{name}": value for name, value in image_statistics(images.tensor).items()}
     seen["sentinel/diversity"] = float(diversity(images.tensor.unflatten(0, (len(drawn), -1))).mean())
     first = {} if math.isnan(deviation) else {"preflight/max_dev": deviation}
-    learned = {**trained, **_renamed(metrics), **_rubric_metrics(scores.details)}
+    learned = {**trained, **_renamed(metrics), **_rubric_metrics(scores.details), **judged}
     return {**learned, **seen, **first, **clock.times(), "lr": lr}
 
 

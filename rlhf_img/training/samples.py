@@ -62,7 +62,10 @@ def draw_images(
 
 
 def write_samples(folder: Path, drawn: Drawn, count: int) -> None:
-    """The first `count` images as PNG, and samples.json with prompt, seed, rewards and requirements of each."""
+    """The first `count` images as PNG, and samples.json with prompt, seed, rewards and requirements of each.
+
+    A requirement's evidence says what scored it: of a judge, its model, wording and decoding.
+    """
     rows = []
     for i in range(min(count, len(drawn.prompts))):
         file = f"{i:03d}.png"
@@ -73,7 +76,7 @@ def write_samples(folder: Path, drawn: Drawn, count: int) -> None:
             name: float(values[k]) if known[k] else None for k, name in enumerate(drawn.scores.names)
         }
         requirements = [
-            {"id": r.id, "text": r.text, "passed": r.passed, "score": r.score}
+            {"id": r.id, "text": r.text, "passed": r.passed, "score": r.score, "evidence": r.evidence}
             for r in drawn.rubric_results()[i].requirements
         ]
         rows.append({
