@@ -23,9 +23,6 @@ class LoRAConfig:
     """Rank of the update of each layer. Flow-GRPO and miles train Krea-2-Raw with 32."""
     alpha: float = 64.0
     """The update is scaled by alpha / rank."""
-    lr_share: float = 1.0
-    """Learning rate of the down-projections A as a share of that of the up-projections B. At first the gradient of A is
-    all noise, since B is 0 (LoRA+, arXiv 2402.12354, proposes 1/16)."""
     targets: tuple[str, ...] = TARGETS
     """Layers of every transformer block that get an update."""
 

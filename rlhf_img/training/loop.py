@@ -63,11 +63,8 @@ def prepare(config: RunConfig) -> Parts:
     train_prompts, heldout_prompts = _prompts(config)
     model = load(config.model, dtype=fast_dtype() if config.dtype == "auto" else getattr(torch, config.dtype))
     policy = make_policy(model.transformer, None if config.full else config.lora, config.seed)
-    down = [p for name, p in policy.parameters.items() if name.endswith("lora_A")]
-    rest = [p for name, p in policy.parameters.items() if not name.endswith("lora_A")]
-    groups = [{"params": rest, "share": 1.0}, {"params": down, "share": config.lora.lr_share}]
     optimizer = torch.optim.AdamW(
-        [group for group in groups if group["params"]], lr=config.grpo.lr, weight_decay=config.grpo.weight_decay
+        list(policy.parameters.values()), lr=config.grpo.lr, weight_decay=config.grpo.weight_decay
     )
     watched = rewards if any(r.name == "rubric" for r in rewards) else [*rewards, *load_rewards("rubric")]
     return Parts(
@@ -138,7 +135,7 @@ def iteration(parts: Parts, step: int) -> dict[str, float]:
 
     lr = config.grpo.lr * (1 - (step - 1) / config.steps)
     for group in parts.optimizer.param_groups:
-        group["lr"] = lr * group["share"]
+        group["lr"] = lr
     try:
         trained = grpo.update(
             parts.policy, parts.optimizer, sampled, advantages_PG.flatten().to(parts.model.device), config.grpo
