@@ -92,7 +92,8 @@ def _print(findings: "list[Finding]") -> None:
     colors = {"gains": "red", "holds": "green", "cannot tell": "yellow"}
     console = Console()
     for view in dict.fromkeys(f.view for f in findings):
-        table = Table("probe", "images", "before", "gain (95 %)", "n", "pays", "verdict", title=view, title_justify="left")
+        table = Table("probe", "images", "before", "gain (95 %)", "n", "pays", "verdict",
+                      title=view, title_justify="left")
         for f in (f for f in findings if f.view == view):
             known = f.before is not None and f.share is not None
             gain = f"{f.gain['mean']:+.3f} ({f.gain['low']:+.3f}, {f.gain['high']:+.3f})" if known else "-"

@@ -72,25 +72,29 @@ class Finding:
 def playground_baselines(count: int, seed: int = 0) -> list[Baseline]:
     """`count` images of each kind: "right", renders that do what their prompts ask; "wrong", with one requirement
     broken; "damaged", with one structural defect. On a right image few rewards have anything to gain."""
-    rng = np.random.default_rng((seed, 16))
-    kinds: dict[str, Callable[[Scene, int], tuple[Image, str] | None]] = {
-        "right": lambda scene, i: (render(scene, i), caption(scene, np.random.default_rng(i))),
-        "wrong": lambda scene, i: _wrong(scene, i, rng),
-        "damaged": lambda scene, i: _damaged(scene, i, rng),
-    }
-    return [_collect(name, make, count, seed) for name, make in kinds.items()]
+    return [_collect(name, make, count, seed) for name, make in
+            {"right": _right, "wrong": _wrong, "damaged": _damaged}.items()]
 
 
-def _collect(name: str, make: Callable[[Scene, int], tuple[Image, str] | None], count: int, seed: int) -> Baseline:
-    rng = np.random.default_rng((seed, 17))
+_Make = Callable[[Scene, int, np.random.Generator], tuple[Image, str] | None]
+"""From a scene, the number of the image and a random state to the image and its prompt."""
+
+
+def _collect(name: str, make: _Make, count: int, seed: int) -> Baseline:
+    # Scenes have a random state of their own, so that all kinds begin with the same ones.
+    scenes, rng = np.random.default_rng((seed, 17)), np.random.default_rng((seed, 16))
     images: list[Image] = []
     prompts: list[str] = []
     while len(images) < count:
-        made = make(sample_scene(rng, "heldout"), len(images))
+        made = make(sample_scene(scenes, "heldout"), len(images), rng)
         if made is not None:
             images.append(made[0])
             prompts.append(made[1])
     return Baseline(name=name, images=images, prompts=prompts)
+
+
+def _right(scene: Scene, i: int, rng: np.random.Generator) -> tuple[Image, str]:
+    return render(scene, i), caption(scene, np.random.default_rng(i))
 
 
 def _wrong(scene: Scene, i: int, rng: np.random.Generator) -> tuple[Image, str] | None:
@@ -279,7 +283,7 @@ def picture(
             ask = _Scorer(rewards, prompts).only(view)
             columns.append(adversarial_noise(images, ask, np.random.default_rng((seed, 19)), trials=trials))
         lines += [list(line) for line in zip(*columns, strict=True)]
-    page = Pil.new("RGB", (len(titles) * (_TILE + 4), 20 + len(lines) * (_TILE + 4)), "white")
+    page = Pil.new("RGB", (len(titles) * (_TILE + 4), 20 + len(lines) * (_TILE + 4)), "silver")
     draw = ImageDraw.Draw(page)
     for x, title in enumerate(titles):
         draw.text((x * (_TILE + 4) + 2, 4), title, fill="black", font=ImageFont.load_default(size=12))
