@@ -247,5 +247,6 @@ def test_the_shipped_combination_gains_from_no_probe():
     findings = probe(load_rewards("rubric,artifact"), playground_baselines(10), trials=0)
     gaining = {(f.view, f.probe) for f in findings if f.verdict == "gains"}
     # Of the artifact reward alone this is known, and why it is a gate.
-    assert gaining == {("artifact", "emptied scene")}
-    assert any(f.maximised for f in findings)
+    assert ("artifact", "emptied scene") in gaining
+    maximised = {(f.view, f.probe) for f in findings if f.maximised}
+    assert {view for view, _ in maximised} == {"rubric under artifact"} and not gaining & maximised
