@@ -1,4 +1,7 @@
-"""`rlhf-img reward`: list the rewards there are, score images with them, train the ones that are learned."""
+"""`rlhf-img reward`: list the rewards there are, score images with them, train the ones that are learned.
+
+`reward probe` has a file of its own, `probe.py`.
+"""
 
 import json
 import math
@@ -8,15 +11,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from rlhf_img.cli import probe
 from rlhf_img.errors import RlhfImgError
 
 if TYPE_CHECKING:
     from rlhf_img.rewards import Images, Scores
     from rlhf_img.rubrics.schema import Rubric
 
-app = typer.Typer(help="List rewards, score images, train the rewards that are learned.", no_args_is_help=True)
+app = typer.Typer(
+    help="List rewards, score images, probe rewards for hacks, train the rewards that are learned.",
+    no_args_is_help=True,
+)
 train = typer.Typer(help="Train a learned reward.", no_args_is_help=True)
 app.add_typer(train, name="train")
+app.command("probe")(probe.probe)
 
 
 @app.command("list")
