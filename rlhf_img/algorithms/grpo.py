@@ -59,10 +59,10 @@ class GRPOConfig(RolloutConfig):
     """Clip range of the ratio, on the scale of log-probabilities averaged over dimensions."""
     advantage_clip: float = 5.0
     """Advantages are clipped to plus or minus this."""
-    kl: float = 1.0
+    kl: float = 0.2
     """Weight of the divergence from the reference; 0 skips the reference's forwards. With "steps", whose divergence is
     larger, 0.04 is usual."""
-    reference_guidance: float = 1.5
+    reference_guidance: float = 2.0
     """Krea's g of the reference: what pulls the policy, which samples without guidance, is the guided base."""
     guard: bool = False
     """steps: GRPO-Guard: ratios without their bias, comparable between steps of different noise."""
@@ -187,7 +187,7 @@ def update(
     Raises FloatingPointError before an optimiser step whose loss or gradient is not finite.
     """
     advantages_B = advantages_B.clamp(-config.advantage_clip, config.advantage_clip)
-    if config.keep < 1:
+    if config.keep < 1 and config.likelihood == "forward":
         sampled, advantages_B = extremes(sampled, advantages_B, config)
     totals: dict[str, float] = {}
     parts = _split(sampled, config)

@@ -27,15 +27,15 @@ class RolloutConfig:
 
     prompts: int = 8
     """P, prompts an iteration."""
-    group: int = 12
+    group: int = 16
     """G, images a prompt."""
     num_steps: int = 8
     """S, denoising steps in a rollout."""
     likelihood: Literal["forward", "steps"] = "forward"
     """Of the image under the forward process, or of the stochastic steps that made it."""
-    draws: int = 4
+    draws: int = 8
     """forward: noise levels at which an image is trained, one in each of so many equal parts of the range."""
-    min_sigma: float = 0.4
+    min_sigma: float = 0.6
     """forward: the lowest noise level of a draw."""
     max_sigma: float = 0.9
     """forward: the highest."""
@@ -49,8 +49,9 @@ class RolloutConfig:
     """steps: its strength."""
     shared_noise: bool = True
     """steps: whether the images of a group start from the same noise, so that they differ by the window alone."""
-    keep: float = 1.0
-    """Share of a group that is trained on: its highest and lowest advantages (PODS, arXiv 2504.13818)."""
+    keep: float = 0.5
+    """forward: share of a group that is trained on, its highest and lowest advantages (PODS, 2504.13818). Steps are
+    replayed in the shapes of their rollout, all of them, so that rounding is the same."""
     updates: int = 1
     """Optimiser steps an iteration, each on its share of the prompts."""
     batch_size: int = 128

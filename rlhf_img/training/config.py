@@ -26,7 +26,7 @@ class RunConfig:
     """File of training prompts (.txt, .jsonl, .yaml); None: the playground's own."""
     eval_prompts: str | None = None
     """File of held-out prompts; None: the playground's, or a share of `prompts`."""
-    steps: int = 50
+    steps: int = 40
     """Iterations of rollout, scoring and update."""
     seed: int = 0
     """Of the adapter, the order of prompts and all noise. Evaluation seeds do not depend on it."""
