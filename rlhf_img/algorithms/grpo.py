@@ -50,7 +50,7 @@ from rlhf_img.model.policy import Policy
 class GRPOConfig(RolloutConfig):
     """Settings of GRPO, with those of its rollouts."""
 
-    lr: float = 2e-3
+    lr: float = 1e-3
     """Learning rate of AdamW at the start; it falls linearly to 0 over the run."""
     weight_decay: float = 1e-4
     max_grad_norm: float = 1.0
@@ -59,11 +59,12 @@ class GRPOConfig(RolloutConfig):
     """Clip range of the ratio, on the scale of log-probabilities averaged over dimensions."""
     advantage_clip: float = 5.0
     """Advantages are clipped to plus or minus this."""
-    kl: float = 0.2
+    kl: float = 0.3
     """Weight of the divergence from the reference; 0 skips the reference's forwards. With "steps", whose divergence is
     larger, 0.04 is usual."""
-    reference_guidance: float = 2.0
-    """Krea's g of the reference: what pulls the policy, which samples without guidance, is the guided base."""
+    reference_guidance: float = 0.0
+    """Krea's g of the reference. Above 0 the policy, which samples without guidance, is held to the guided base: to its
+    prompt following and to its glitches."""
     guard: bool = False
     """steps: GRPO-Guard: ratios without their bias, comparable between steps of different noise."""
     ema: float = 0.9
