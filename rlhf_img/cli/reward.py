@@ -90,7 +90,7 @@ def train_artifact(
     seed: Annotated[int, typer.Option(help="Of everything.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from where a run to the same --out stopped.")] = False,
 ) -> None:
-    """Remake the artifact reward's weights from the playground's renderer; minutes on one CPU core.
+    """Remake the artifact reward's weights from the playground's renderer; 25 minutes on one CPU core.
 
     It learns that what an autoencoder does to a clean image is no defect.
 
