@@ -43,8 +43,8 @@ A Krea 2 in small, remade by `rlhf-img playground pretrain`. The stock `diffuser
 {rows}
 
 **Known faults.** Two things of different kinds are often drawn as two of one kind, relations hardly ever hold, things
-are missing or one too many, and some scenes stay empty. Shapes that touch melt into one. Film grain does not survive the
-autoencoder.
+are missing or one too many, and some scenes stay empty. Shapes that touch melt into one. Film grain does not survive
+the autoencoder.
 """
 
 
