@@ -13,7 +13,7 @@ from rlhf_img.model.conditioning import Conditioner
 from rlhf_img.model.export import load_lora, save_lora
 from rlhf_img.model.forward import velocity
 from rlhf_img.model.loading import Model, from_pipeline
-from rlhf_img.model.lora import TARGETS, active_role, add_role, role, role_parameters, roles
+from rlhf_img.model.lora import TARGETS, TIME_TARGETS, active_role, add_role, role, role_parameters, roles
 from rlhf_img.model.sampling import initial_noise, sample
 
 
@@ -138,13 +138,13 @@ def test_role_errors_are_clear(model: Model) -> None:
         pass
     with pytest.raises(RlhfImgError, match='needs a new name .*got "policy"'):
         add_role(model.transformer, "policy")
-    with pytest.raises(RlhfImgError, match='"attn.to_qq" is not a layer of a block; did you mean "attn.to_q"'):
+    with pytest.raises(RlhfImgError, match='is called "attn.to_qq"; did you mean "attn.to_q"'):
         add_role(model.transformer, "student", targets=("attn.to_qq",))
     with pytest.raises(RlhfImgError, match="rank of 1 or more"):
         add_role(model.transformer, "student", rank=0)
 
 
-@pytest.mark.parametrize("targets", [TARGETS, ("attn.to_v", "ff.up")])
+@pytest.mark.parametrize("targets", [TARGETS, ("attn.to_v", "ff.up", *TIME_TARGETS)])
 def test_an_exported_lora_is_the_role_in_a_stock_pipeline(
     model: Model, targets: tuple[str, ...], tmp_path: Path
 ) -> None:

@@ -1,9 +1,11 @@
 """The rubric reward: totals from the checks, the prompt's own rubric first, unscored where nothing can be said."""
 
 import numpy as np
+import pytest
 import torch
 
 from rlhf_img import rubrics as rubric_room
+from rlhf_img.errors import RlhfImgError
 from rlhf_img.playground.render import render
 from rlhf_img.playground.scene import Scene, Thing
 from rlhf_img.rewards.protocol import Images, Reward, score
@@ -38,3 +40,21 @@ def test_a_rubric_without_requirements_is_unscored_and_says_so():
     empty = rubric_room.Rubric(prompt="a mood")
     (verdict,) = rubric(["a mood"], images_of(Scene(things=(RED,), background="white")), rubrics=[empty])
     assert verdict.value is None and "no requirement" in verdict.reason
+
+
+def test_via_hands_every_requirement_to_one_scorer():
+    images = images_of(Scene(things=(RED,), background="white"), Scene(things=(BLUE,), background="white"))
+    prompts = ["a red circle"] * 2
+    right, wrong = rubric(prompts, images, via="vlm", judge={"model": "playground"})
+    assert right.value > 0.8 and wrong.value < 0.2
+    assert all("playground@" in r.evidence for verdict in (right, wrong) for r in verdict.details.requirements)
+    checked = rubric(prompts, images, via="cv", judge={"model": "playground"})
+    assert [v.value for v in checked] == [v.value for v in rubric(prompts, images)]
+
+
+def test_via_without_the_model_it_names_is_an_error():
+    images = images_of(Scene(things=(RED,), background="white"))
+    with pytest.raises(RlhfImgError, match="via: vlm` needs the option `judge`"):
+        rubric(["a red circle"], images, via="vlm")
+    with pytest.raises(RlhfImgError, match='did you mean "vlm"'):
+        rubric(["a red circle"], images, via="vml")

@@ -29,6 +29,9 @@ BRIGHT = """
 def bright(prompts, images, **columns):
     return [float(image.mean()) for image in images.tensor]
 
+def dark(prompts, images, **columns):
+    return [1 - value for value in bright(prompts, images)]
+
 bright.floor = 1e-4
 """
 
@@ -74,14 +77,16 @@ def test_a_run_leaves_what_the_design_promises(
     files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "run"
-    assert run(monkeypatch, arguments(files, out, "steps=3", "sample_every=2", "--json")) == 0
+    more = "steps=3", "sample_every=2", f"eval.rewards={files / 'bright.py'}:dark"
+    assert run(monkeypatch, arguments(files, out, *more, "--json")) == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed["difference"]["pass_all"]["n"] == len(PROMPTS)
     assert sorted(p.name for p in (out / "samples").iterdir()) == ["after", "before", "step_000002"]
     assert [row["step"] for row in lines(out)] == [1, 2, 3]
     assert lines(out)[0]["preflight/max_dev"] == 0.0
-    assert lines(out)[0]["reward/bright/unscored"] == 0.0
-    assert json.loads((out / "eval.json").read_text())["checkpoints"][1]["name"] == "after"
+    assert lines(out)[0]["reward/bright/unscored"] == 0.0 and "reward/dark/unscored" not in lines(out)[0]
+    after = json.loads((out / "eval.json").read_text())["checkpoints"][1]
+    assert after["name"] == "after" and after["rewards"].keys() == {"bright", "dark", "rubric"}
     assert "<html" in (out / "report.html").read_text()
     assert (out / "lora" / "pytorch_lora_weights.safetensors").is_file()
 
@@ -195,6 +200,7 @@ def test_what_the_judge_did_is_in_every_row_and_its_id_in_every_score(
         (["--rewards", "rubrik"], 'did you mean "rubric"'),
         (["--prompts", "nowhere.txt"], "nowhere.txt"),
         (["--model", "nowhere/at/all"], "nowhere/at/all"),
+        (["--rewards", "rubric", "eval.rewards=rubric"], "another `name`"),
         (["tracker=tensorbord"], "tensorboard"),
         (["--out", "/proc/nowhere"], "cannot be written"),
         (["--config", "nowhere.yaml"], "nowhere.yaml"),

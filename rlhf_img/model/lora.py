@@ -14,6 +14,8 @@ from rlhf_img.errors import RlhfImgError, did_you_mean
 
 TARGETS = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_gate", "attn.to_out.0", "ff.gate", "ff.up", "ff.down")
 """Every linear layer of a transformer block."""
+TIME_TARGETS = ("time_embed.linear_1", "time_embed.linear_2", "time_mod_proj")
+"""The layers that turn the noise level into the modulation that all blocks share."""
 
 
 def add_role(
@@ -25,7 +27,7 @@ def add_role(
     targets: Sequence[str] = TARGETS,
     seed: int = 0,
 ) -> None:
-    """Add the adapter `name` to the layers `targets` of every block, without making it the active one.
+    """Add the adapter `name` to the layers `targets`, of every block or shared, without making it the active one.
 
     It changes nothing at first (B = 0); its scale is alpha / rank. Its parameters are float32 whatever the base is,
     depend on `seed` alone, and are trainable. The text fusion cannot be a target: fused prompts serve every role.
@@ -35,9 +37,13 @@ def add_role(
         raise RlhfImgError(f'a role needs a new name of letters, digits and underscores; got "{name}"')
     if rank < 1 or not targets:
         raise RlhfImgError(f"a role needs a rank of 1 or more and at least one target; got {rank} and {list(targets)}")
-    if unknown := [target for target in targets if target not in TARGETS]:
-        raise RlhfImgError(f'"{unknown[0]}" is not a layer of a block; {did_you_mean(unknown[0], TARGETS)}')
-    modules = [f"transformer_blocks.{i}.{t}" for i in range(len(transformer.transformer_blocks)) for t in targets]
+    known = (*TARGETS, *TIME_TARGETS)
+    if unknown := [target for target in targets if target not in known]:
+        raise RlhfImgError(f'no layer that an adapter can change is called "{unknown[0]}"; '
+                           f"{did_you_mean(unknown[0], known)}")
+    blocks = range(len(transformer.transformer_blocks))
+    modules = [f"transformer_blocks.{i}.{t}" for i in blocks for t in targets if t in TARGETS]
+    modules += [target for target in targets if target in TIME_TARGETS]
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=modules)
     with keep_state(transformer), torch.random.fork_rng(devices=[]):  # peft draws weights of its own: not used
         transformer.add_adapter(config, adapter_name=name)

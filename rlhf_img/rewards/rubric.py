@@ -6,6 +6,7 @@ from typing import Any
 
 from rlhf_img import rubrics as rubric_room
 from rlhf_img.config import from_mapping
+from rlhf_img.errors import RlhfImgError, did_you_mean
 from rlhf_img.judges import JudgeConfig, open_judge
 from rlhf_img.rewards.protocol import Images, Verdict
 from rlhf_img.rubrics import DetectorConfig, Rubric, RubricResult, open_detector
@@ -18,6 +19,7 @@ def rubric(
     rubrics: Sequence[Rubric | None] | None = None,
     judge: Mapping[str, Any] | None = None,
     detector: Mapping[str, Any] | None = None,
+    via: str | None = None,
     **columns: object,
 ) -> list[Verdict]:
     """The total of each image's rubric, in [0, 1]; the `RubricResult` with every requirement is in the details.
@@ -25,10 +27,14 @@ def rubric(
     rubrics: the rubric of each image's prompt where the data set has one; other prompts are decomposed (and kept).
     judge: settings of a judge model (the fields of `JudgeConfig`), which is asked what the checks cannot tell.
     detector: settings of an object detector (the fields of `DetectorConfig`), which is asked before the judge.
+    via: who alone scores the requirements that do not say so themselves: "vlm" the judge, "detector", or "cv".
     Unscored where too much of a rubric could not be checked, or where nothing could be turned into a requirement.
     """
     given = rubrics if rubrics is not None else [None] * len(prompts)
     own = [rubric_of(prompt) if one is None else one for prompt, one in zip(prompts, given, strict=True)]
+    if via is not None:
+        _require(via, judge, detector)
+        own = [_scored_by(one, via) for one in own]
     asked = None if judge is None else open_judge(from_mapping(JudgeConfig, judge, "judge"))
     finder = None if detector is None else open_detector(from_mapping(DetectorConfig, detector, "detector"))
     return [_verdict(result) for result in rubric_room.score_all(own, list(images.arrays), asked, finder)]
@@ -42,6 +48,19 @@ rubric.floor = 0.02  # type: ignore[attr-defined]
 def rubric_of(prompt: str) -> Rubric:
     """The rubric that the grammar makes of a prompt. Raises what `rubrics.decompose` raises."""
     return rubric_room.decompose(prompt).rubric
+
+
+def _require(via: str, judge: object, detector: object) -> None:
+    models = {"vlm": judge, "detector": detector}
+    if via not in (ways := ("cv", *models)):
+        raise RlhfImgError(f'reward rubric: `via` is one of {", ".join(ways)}; {did_you_mean(via, ways)}')
+    if via in models and models[via] is None:
+        raise RlhfImgError(f"reward rubric: `via: {via}` needs the option `{'judge' if via == 'vlm' else via}`")
+
+
+def _scored_by(one: Rubric, via: str) -> Rubric:
+    requirements = tuple(r if r.via else r.model_copy(update={"via": via}) for r in one.requirements)
+    return one.model_copy(update={"requirements": requirements})
 
 
 def _verdict(result: RubricResult) -> Verdict:

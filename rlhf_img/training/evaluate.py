@@ -31,6 +31,8 @@ class EvalConfig:
     diversity_prompts: int = 32
     """Of these, so many are drawn `diversity_images` times to measure the variety within a prompt."""
     diversity_images: int = 6
+    rewards: str | tuple[dict[str, object], ...] | None = None
+    """More rewards that measure and do not train, as in the run's `rewards`: a judge that the policy has not met."""
     heldout_share: float = 0.1
     """Share of a prompts file that is held out when no evaluation prompts are given."""
 

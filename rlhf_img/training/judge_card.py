@@ -1,5 +1,6 @@
 """How often the playground's judge agrees with the exact checks on held-out scenes, and the card that says so."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -59,7 +60,7 @@ class Agreement:
     @property
     def balanced(self) -> float:
         """Mean of the agreements where yes and where no is right; NaN if one of them was never asked."""
-        return (self.right_yes / self.yes + self.right_no / self.no) / 2 if self.yes and self.no else float("nan")
+        return (self.right_yes / self.yes + self.right_no / self.no) / 2 if self.yes and self.no else math.nan
 
 
 def measure_judge(folder: Path, count: int = 500, drawn: int = 200, seed: int = 1) -> list[Agreement]:
@@ -99,7 +100,7 @@ def write_judge_card(folder: Path, config: JudgeTraining, rows: Sequence[Agreeme
         parameters = sum(int(np.prod(weights.get_slice(name).get_shape())) for name in weights.keys())  # noqa: SIM118
     known = versions()
     lines = (
-        f"| {r.images} | {r.kind} | {r.balanced:.1%} | {_share(r.right_yes, r.yes)} | {_share(r.right_no, r.no)} "
+        f"| {r.images} | {r.kind} | {_percent(r.balanced)} | {_share(r.right_yes, r.yes)} | {_share(r.right_no, r.no)} "
         f"| {r.yes} + {r.no} |"
         for r in rows
     )
@@ -111,4 +112,8 @@ def write_judge_card(folder: Path, config: JudgeTraining, rows: Sequence[Agreeme
 
 
 def _share(right: int, asked: int) -> str:
-    return f"{right / asked:.1%}" if asked else "-"
+    return _percent(right / asked if asked else math.nan)
+
+
+def _percent(share: float) -> str:
+    return "-" if math.isnan(share) else f"{share:.1%}"

@@ -51,7 +51,7 @@ class Parts:
     optimizer: torch.optim.Optimizer
     rewards: list[Reward]
     watched: list[Reward]
-    """The run's rewards and "rubric": what held-out images are measured by."""
+    """The run's rewards, "rubric", and those of `eval.rewards`: what held-out images are measured by."""
     train_prompts: list[Prompt]
     heldout_prompts: list[Prompt]
 
@@ -60,13 +60,13 @@ def prepare(config: RunConfig) -> Parts:
     """Loads and builds the parts of a run. Raises RlhfImgError for whatever the user can mend, before any work."""
     check_name(config.tracker)
     rewards = load_rewards(config.rewards)
+    watched = _watched(rewards, config)
     train_prompts, heldout_prompts = _prompts(config)
     model = load(config.model, dtype=fast_dtype() if config.dtype == "auto" else getattr(torch, config.dtype))
     policy = make_policy(model.transformer, None if config.full else config.lora, config.seed)
     optimizer = torch.optim.AdamW(
         list(policy.parameters.values()), lr=config.grpo.lr, weight_decay=config.grpo.weight_decay
     )
-    watched = rewards if any(r.name == "rubric" for r in rewards) else [*rewards, *load_rewards("rubric")]
     return Parts(
         config=config, model=model, policy=policy, conditioner=Conditioner(model), optimizer=optimizer,
         rewards=rewards, watched=watched, train_prompts=train_prompts, heldout_prompts=heldout_prompts,
@@ -151,6 +151,16 @@ def iteration(parts: Parts, step: int) -> dict[str, float]:
     first = {} if math.isnan(deviation) else {"preflight/max_dev": deviation}
     learned = {**trained, **_renamed(metrics), **_rubric_metrics(scores.details), **judged}
     return {**learned, **seen, **first, **clock.times(), "lr": lr}
+
+
+def _watched(rewards: list[Reward], config: RunConfig) -> list[Reward]:
+    measuring = load_rewards(config.eval.rewards) if config.eval.rewards else []
+    found = [*rewards, *measuring]
+    found += [] if any(r.name == "rubric" for r in found) else load_rewards("rubric")
+    names = [r.name for r in found]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise RlhfImgError(f'eval.rewards: this run trains on a reward called "{twice}"; give this one another `name`')
+    return found
 
 
 def _rollout_seed(config: RunConfig, step: int) -> int:
