@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rlhf_img.algorithms import grpo
 from rlhf_img.algorithms.grpo import GRPOConfig
-from rlhf_img.algorithms.rollout import Batch, Draw, Rollout, Step, extremes, rollout
+from rlhf_img.algorithms.rollout import Batch, Draw, Rollout, Step, extremes, forward_logp, rollout
 from rlhf_img.errors import RlhfImgError, RunStopped
 from rlhf_img.model.conditioning import Conditioner
 from rlhf_img.model.flow import cps_step
@@ -202,8 +202,8 @@ def test_forward_gradient_is_that_of_a_slow_loop_from_the_paper(world: tuple[Mod
                     conditional = velocity(reference, *args)
                     unconditional = velocity(reference, *args[:2], empty[None], sampled.grid)
                 v_ref = 3 * conditional - 2 * unconditional
-                # on policy, the gradient of -A exp(log p - log p_old) is that of A |v - (eps - x0)|^2
-                weighted = advantages[row] * ((v - (eps - x0)) ** 2).mean()
+                # on policy, the gradient of -A exp(log p - log p_old) is that of A |v - u|^2, here about v_ref
+                weighted = advantages[row] * (2 * (v_ref - (eps - x0)) * v).mean()
                 total = total + weighted + config.kl * ((v - v_ref) ** 2).mean()
     policy_grads = torch.autograd.grad(total / 12, list(policy.parameters.values()))
     for name, slow in zip(policy.parameters, policy_grads, strict=True):
@@ -230,6 +230,31 @@ def test_gradient_does_not_depend_on_the_batch_split(
     one, other = loss_gradients(world, whole, advantages, config), loss_gradients(world, split, advantages, config)
     for name in one:
         torch.testing.assert_close(one[name], other[name], rtol=1e-3, atol=1e-6)
+
+
+def test_the_loss_about_a_reference_is_least_where_diffusion_nft_ends() -> None:
+    """Two images of advantage 1 and -1 and one noise level, with the velocity itself as what is learnt."""
+    target, v_ref = torch.randn(2, 4, 3), torch.randn(1, 4, 3).expand(2, -1, -1)
+    advantage, kl = torch.tensor([1.0, -1.0]), 0.5
+    v = torch.zeros(1, 4, 3, requires_grad=True)
+    for _ in range(50):
+        seen = v.expand(2, -1, -1)
+        loss = -(advantage * forward_logp(seen, target, v_ref)).mean() - kl * forward_logp(seen, v_ref).mean()
+        (gradient,) = torch.autograd.grad(loss, v)
+        v = (v - 10 * gradient).detach().requires_grad_()
+    best = v_ref[:1] + (advantage[:, None, None] * (target - v_ref)).mean(0) / kl
+    torch.testing.assert_close(v.detach(), best)
+
+
+def test_first_order_likelihood_touches_the_exact_one() -> None:
+    target, around, direction = torch.randn(3, 2, 4, 3).unbind()
+    v = around.clone().requires_grad_()
+    exact, first = forward_logp(v, target), forward_logp(v, target, around)
+    torch.testing.assert_close(exact, first)
+    for one, other in zip(torch.autograd.grad(exact.sum(), v), torch.autograd.grad(first.sum(), v), strict=True):
+        torch.testing.assert_close(one, other)
+    moved = forward_logp(around + 2 * direction, target, around) - first
+    torch.testing.assert_close(moved, 2 * (forward_logp(around + direction, target, around) - first))
 
 
 @both

@@ -8,9 +8,12 @@ r = p_theta / p_old of what was drawn,
 A flow model gives no likelihood, so one of two stands in for it (`likelihood`):
 
 "forward" (AWM, arXiv 2509.25050; the same ratio as FPO, 2507.21053): the image's under the forward process. The image
-x0 is noised to x = (1 - s) x0 + s eps at `draws` levels s, log p = -mean |v_theta(x, s) - (eps - x0)|^2, and D is
-mean |v - v_ref|^2. Rollouts are plain Euler from noise of their own. s and eps are shared by a group, whose advantages
-add up to 0, so that what they have in common cancels out of the gradient.
+x0 is noised to x = (1 - s) x0 + s eps at `draws` levels s, log p = -mean |v_theta(x, s) - u|^2 with u = eps - x0, and D
+is mean |v_theta - v_ref|^2. Rollouts are plain Euler from noise of their own. s and eps are shared by a group, whose
+advantages add up to 0, so that what they have in common cancels out of the gradient. Where D has a weight, log p is
+taken to first order about v_ref: its square pays for moving ever further from a bad image, and broke long runs.
+The loss is then convex in v_theta, and for one batch least at v_ref + E[A (u - v_ref) | x] / kl, which is where
+DiffusionNFT (2509.16117) ends too.
 
 "steps" (Flow-GRPO, 2505.05470; MixGRPO, 2507.21802): that of the sampler's own steps. Inside a window of steps, shared
 by all groups of the iteration, a step is Gaussian, x' ~ N(mu_theta(x), std^2) (Flow-CPS, 2509.05952, by default);
@@ -157,9 +160,10 @@ def _velocities(
 
 
 def _replay_draws(draws: Sequence[Draw], v: Tensor, v_ref: Tensor | None, rows_B: list[int]) -> Replay:
-    logp_B = forward_logp(v, torch.cat([draw.target_BNC for draw in draws]))
-    old = [draw.logp_B for draw in draws if draw.logp_B is not None]
-    log_ratio_B = logp_B - (torch.cat(old) if old else logp_B.detach())
+    target = torch.cat([draw.target_BNC for draw in draws])
+    old = [draw.old_BNC for draw in draws if draw.old_BNC is not None]
+    v_old = torch.cat(old) if old else v.detach()
+    log_ratio_B = forward_logp(v, target, v_ref) - forward_logp(v_old, target, v_ref)
     kl_B = None if v_ref is None else -forward_logp(v, v_ref)
     return Replay(rows_B=rows_B * len(draws), log_ratio_B=log_ratio_B, ratio_B=log_ratio_B.exp(), kl_B=kl_B)
 

@@ -99,12 +99,12 @@ class Step:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Draw:
-    """Images noised to sigma, with the velocity eps - x0 that leads to them and its likelihood under the old policy."""
+    """Images noised to sigma, with the velocity eps - x0 that leads to them and that of the old policy."""
 
     sigma: float
     x_BNC: Tensor
     target_BNC: Tensor
-    logp_B: Tensor | None
+    old_BNC: Tensor | None
     """None if the policy does not move before this is trained on: then it is that of training, without gradients."""
 
 
@@ -138,9 +138,17 @@ class Rollout:
         return torch.cat([batch.final_BNC for batch in self.batches])[rows.argsort()]
 
 
-def forward_logp(v_BNC: Float[Tensor, "B N C"], target_BNC: Float[Tensor, "B N C"]) -> Float[Tensor, " B"]:
-    """Stand-in for an image's log-likelihood: minus the squared error of its velocity, averaged over dimensions."""
-    return -(v_BNC - target_BNC).square().flatten(1).mean(1)
+def forward_logp(
+    v_BNC: Float[Tensor, "B N C"], target_BNC: Float[Tensor, "B N C"], around_BNC: Float[Tensor, "B N C"] | None = None
+) -> Float[Tensor, " B"]:
+    """Stand-in for an image's log-likelihood: minus the squared error of its velocity, averaged over dimensions.
+
+    With `around`, to first order in v about that velocity: -|a - u|^2 - 2 (a - u) (v - a), where u is the target.
+    """
+    if around_BNC is None:
+        return -(v_BNC - target_BNC).square().flatten(1).mean(1)
+    error = around_BNC - target_BNC
+    return -(error.square() + 2 * error * (v_BNC - around_BNC)).flatten(1).mean(1)
 
 
 @torch.no_grad()
@@ -217,10 +225,8 @@ def _noised(
     terms = []
     for sigma, eps in draws:
         x, target = torch.lerp(x0, eps, sigma), eps - x0
-        logp = None
-        if old:
-            logp = forward_logp(velocity(transformer, x, torch.tensor(sigma, device=x.device), text_BLD, grid), target)
-        terms.append(Draw(sigma=sigma, x_BNC=x, target_BNC=target, logp_B=logp))
+        v = velocity(transformer, x, torch.tensor(sigma, device=x.device), text_BLD, grid) if old else None
+        terms.append(Draw(sigma=sigma, x_BNC=x, target_BNC=target, old_BNC=v))
     return terms
 
 
