@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rlhf_img.algorithms import grpo
 from rlhf_img.algorithms.grpo import GRPOConfig
-from rlhf_img.algorithms.rollout import Batch, Draw, Rollout, Step, extremes, forward_logp, rollout
+from rlhf_img.algorithms.rollout import Batch, Draw, Rollout, Step, forward_logp, rollout
 from rlhf_img.errors import RlhfImgError, RunStopped
 from rlhf_img.model.conditioning import Conditioner
 from rlhf_img.model.flow import cps_step
@@ -257,24 +257,6 @@ def test_first_order_likelihood_touches_the_exact_one() -> None:
     torch.testing.assert_close(moved, 2 * (forward_logp(around + direction, target, around) - first))
 
 
-@both
-def test_extremes_are_the_ends_of_each_group_moved_to_mean_zero(
-    world: tuple[Model, Policy, Conditioner], config: GRPOConfig
-) -> None:
-    config = dataclasses.replace(config, group=4, keep=0.5, prompts=2)
-    whole = rolled(world, config)
-    advantages = torch.tensor([0.3, -0.7, 0.0, 1.0, 2.0, -1.0, -0.5, -0.4])
-    some, moved = extremes(whole, advantages, config)
-    rows = sorted(row for batch in some.batches for row in batch.rows_B)
-    assert rows == [1, 3, 4, 5]
-    torch.testing.assert_close(moved[rows], torch.tensor([-0.85, 0.85, 1.5, -1.5]))
-    for before, after in zip(whole.batches, some.batches, strict=True):
-        kept = [before.rows_B.index(row) for row in after.rows_B]
-        assert torch.equal(after.final_BNC, before.final_BNC[kept])
-        for old, new in zip(before.terms, after.terms, strict=True):
-            assert torch.equal(new.x_BNC, old.x_BNC[kept]) and new.sigma == old.sigma
-
-
 def test_latents_come_back_in_prompt_order(world: tuple[Model, Policy, Conditioner]) -> None:
     sampled = rolled(world)
     latents = sampled.latents()
@@ -330,8 +312,7 @@ def test_full_fine_tuning_starts_at_its_reference_and_leaves_it() -> None:
 
 @pytest.mark.parametrize(
     ("field", "value"), [("group", 1), ("window", 10), ("clip", 0.0), ("ema", 1.0), ("updates", 9), ("kl", -1.0),
-                         ("draws", 0), ("max_sigma", 1.5), ("min_sigma", 0.95),
-                         ("keep", 0.0), ("reference_guidance", -1.0)]
+                         ("draws", 0), ("max_sigma", 1.5), ("min_sigma", 0.95), ("reference_guidance", -1.0)]
 )
 def test_settings_that_cannot_work_are_refused(field: str, value: float) -> None:
     with pytest.raises(RlhfImgError, match=f"grpo.{field}"):

@@ -99,7 +99,8 @@ def test_only_roles_are_trainable_and_float32_whatever_the_base(model: Model) ->
     assert {p.dtype for p in parameters.values()} == {torch.float32}
     trainable = {id(p) for p in half.transformer.parameters() if p.requires_grad}
     assert trainable == {id(p) for p in parameters.values()}
-    assert len(parameters) == 2 * len(TARGETS) * len(half.transformer.transformer_blocks)
+    blocks = len(half.transformer.transformer_blocks)
+    assert len(parameters) == 2 * (len(TARGETS) * blocks + len(TIME_TARGETS))
     with role(half.transformer, "policy"):
         look(half).sum().backward()
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in parameters.values())

@@ -34,16 +34,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rlhf_img.algorithms.rollout import (
-    Batch,
-    Draw,
-    Rollout,
-    RolloutConfig,
-    Step,
-    extremes,
-    forward_logp,
-    require,
-)
+from rlhf_img.algorithms.rollout import Batch, Draw, Rollout, RolloutConfig, Step, forward_logp, require
 from rlhf_img.model.flow import STEPS, SdeStep
 from rlhf_img.model.forward import velocity
 from rlhf_img.model.policy import Policy
@@ -53,7 +44,7 @@ from rlhf_img.model.policy import Policy
 class GRPOConfig(RolloutConfig):
     """Settings of GRPO, with those of its rollouts."""
 
-    lr: float = 1e-3
+    lr: float = 2e-3
     """Learning rate of AdamW at the start; it falls linearly to 0 over the run."""
     weight_decay: float = 1e-4
     max_grad_norm: float = 1.0
@@ -62,7 +53,7 @@ class GRPOConfig(RolloutConfig):
     """Clip range of the ratio, on the scale of log-probabilities averaged over dimensions."""
     advantage_clip: float = 5.0
     """Advantages are clipped to plus or minus this."""
-    kl: float = 0.3
+    kl: float = 0.05
     """Weight of the divergence from the reference; 0 skips the reference's forwards. With "steps", whose divergence is
     larger, 0.04 is usual."""
     reference_guidance: float = 0.0
@@ -192,8 +183,6 @@ def update(
     Raises FloatingPointError before an optimiser step whose loss or gradient is not finite.
     """
     advantages_B = advantages_B.clamp(-config.advantage_clip, config.advantage_clip)
-    if config.keep < 1 and config.likelihood == "forward":
-        sampled, advantages_B = extremes(sampled, advantages_B, config)
     totals: dict[str, float] = {}
     parts = _split(sampled, config)
     for part in parts:

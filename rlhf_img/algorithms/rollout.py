@@ -5,8 +5,8 @@ forward`), or a window of the sampler's steps was stochastic and is kept (`likel
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -33,7 +33,7 @@ class RolloutConfig:
     """S, denoising steps in a rollout."""
     likelihood: Literal["forward", "steps"] = "forward"
     """Of the image under the forward process, or of the stochastic steps that made it."""
-    draws: int = 8
+    draws: int = 4
     """forward: noise levels at which an image is trained, one in each of so many equal parts of the range."""
     min_sigma: float = 0.6
     """forward: the lowest noise level of a draw."""
@@ -49,9 +49,6 @@ class RolloutConfig:
     """steps: its strength."""
     shared_noise: bool = True
     """steps: whether the images of a group start from the same noise, so that they differ by the window alone."""
-    keep: float = 0.5
-    """forward: share of a group that is trained on, its highest and lowest advantages (PODS, 2504.13818). Steps are
-    replayed in the shapes of their rollout, all of them, so that rounding is the same."""
     updates: int = 1
     """Optimiser steps an iteration, each on its share of the prompts."""
     batch_size: int = 128
@@ -70,7 +67,6 @@ class RolloutConfig:
                     1 <= self.window < self.num_steps,
                 "grpo.window_span must lie between 0 and 1": 0 <= self.window_span <= 1,
                 "grpo.eta must be above 0": self.eta > 0,
-                "grpo.keep must lie above 0 and at most 1": 0 < self.keep <= 1,
                 "grpo.updates must lie between 1 and grpo.prompts": 1 <= self.updates <= self.prompts,
                 "grpo.batch_size must be 1 or more": self.batch_size >= 1,
             },
@@ -228,31 +224,3 @@ def _noised(
         v = velocity(transformer, x, torch.tensor(sigma, device=x.device), text_BLD, grid) if old else None
         terms.append(Draw(sigma=sigma, x_BNC=x, target_BNC=target, old_BNC=v))
     return terms
-
-
-def extremes(
-    sampled: Rollout, advantages_B: Float[Tensor, " B"], config: RolloutConfig
-) -> tuple[Rollout, Float[Tensor, " B"]]:
-    """Only the highest and lowest advantages of each group, as many of either, moved so that they add up to 0."""
-    advantages_PG = advantages_B.unflatten(0, (-1, config.group))
-    side = max(1, round(config.keep * config.group / 2))
-    order_PG = advantages_PG.argsort(dim=1)
-    kept_PK = torch.cat([order_PG[:, :side], order_PG[:, -side:]], dim=1)
-    mean_P1 = advantages_PG.gather(1, kept_PK).mean(1, keepdim=True)
-    kept_B = torch.zeros_like(advantages_PG, dtype=torch.bool).scatter(1, kept_PK, True).flatten()
-    batches = [_only(batch, kept_B[batch.rows_B].nonzero().flatten()) for batch in sampled.batches]
-    return replace(sampled, batches=batches), (advantages_PG - mean_P1).flatten()
-
-
-def _only(item: Any, index: Tensor) -> Any:
-    """Some rows of a batch and of its terms."""
-    changed: dict[str, Any] = {}
-    for field in fields(item):
-        value = getattr(item, field.name)
-        if isinstance(value, Tensor):
-            changed[field.name] = value[index]
-        elif field.name == "rows_B":
-            changed[field.name] = [value[i] for i in index.tolist()]
-        elif field.name == "terms":
-            changed[field.name] = [_only(term, index) for term in value]
-    return replace(item, **changed)

@@ -10,7 +10,7 @@ import torch
 from diffusers import Krea2Transformer2DModel
 from torch import Tensor, nn
 
-from rlhf_img.model.lora import TARGETS, add_role, role, role_parameters
+from rlhf_img.model.lora import TARGETS, TIME_TARGETS, add_role, role, role_parameters
 
 POLICY = "policy"
 
@@ -23,8 +23,8 @@ class LoRAConfig:
     """Rank of the update of each layer. Flow-GRPO and miles train Krea-2-Raw with 32."""
     alpha: float = 64.0
     """The update is scaled by alpha / rank."""
-    targets: tuple[str, ...] = TARGETS
-    """Layers of every transformer block that get an update."""
+    targets: tuple[str, ...] = (*TARGETS, *TIME_TARGETS)
+    """Layers that get an update: of every transformer block, and of the time modulation that the blocks share."""
 
 
 @dataclass(frozen=True, slots=True)
