@@ -5,7 +5,7 @@ Injectors take an image uint8 (H, W, 3) and object masks bool (N, H, W), and ret
 the picture before any style is applied, as a broken thing photographed on grainy film is broken and grainy.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from scipy import ndimage
@@ -13,6 +13,7 @@ from skimage.draw import line, polygon
 
 from rlhf_img.playground.render import outline
 from rlhf_img.playground.scene import COLORS, SIZE, Scene
+from rlhf_img.rewards.masks import center_of, color_of, disc, nearest_points, pick, point_in, radius_of, ragged_blob
 
 Image = np.ndarray
 Injector = Callable[[Image, np.ndarray, np.random.Generator], Image]
@@ -32,13 +33,13 @@ def object_masks(scene: Scene) -> np.ndarray:
 
 def torn_edge(image: Image, objects: np.ndarray, rng: np.random.Generator) -> Image:
     """A ragged bite out of an object's outline, with a few torn-off crumbs beside it."""
-    thing = _pick(objects, rng)
-    y, x = _point(thing & ~ndimage.binary_erosion(thing), rng)
-    radius = _radius(thing)
-    bite = _ragged_blob(image.shape, y, x, rng.uniform(0.35, 0.6) * radius + 1.5, 0.35, rng) & thing
-    crumbs = _ragged_blob(image.shape, y, x, 0.9 * radius, 0.3, rng) & ~thing & (rng.random(thing.shape) < 0.18)
+    thing = pick(objects, rng)
+    y, x = point_in(thing & ~ndimage.binary_erosion(thing), rng)
+    radius = radius_of(thing)
+    bite = ragged_blob(image.shape, y, x, rng.uniform(0.35, 0.6) * radius + 1.5, 0.35, rng) & thing
+    crumbs = ragged_blob(image.shape, y, x, 0.9 * radius, 0.3, rng) & ~thing & (rng.random(thing.shape) < 0.18)
     out = image.copy()
-    out[crumbs] = _color_of(image, thing)
+    out[crumbs] = color_of(image, thing)
     out[bite] = _background(image, objects)
     return out
 
@@ -48,27 +49,27 @@ def fused_shapes(image: Image, objects: np.ndarray, rng: np.random.Generator) ->
     out = image.copy()
     if len(objects) > 1 and rng.random() < 0.6:
         first, second = (objects[i] for i in rng.choice(len(objects), 2, replace=False))
-        (ya, xa), (yb, xb) = _nearest_points(first, second)
+        (ya, xa), (yb, xb) = nearest_points(first, second)
         bridge = np.zeros(first.shape, dtype=bool)
         bridge[line(ya, xa, yb, xb)] = True
-        bridge = ndimage.binary_dilation(bridge, _disc(rng.uniform(1.6, 3.2)))
-        out[bridge & ~first & ~second] = _color_of(image, (first, second)[rng.integers(2)])
+        bridge = ndimage.binary_dilation(bridge, disc(rng.uniform(1.6, 3.2)))
+        out[bridge & ~first & ~second] = color_of(image, (first, second)[rng.integers(2)])
         return out
-    thing = _pick(objects, rng)
-    angle, reach = rng.uniform(0, 2 * np.pi), rng.uniform(0.6, 1.1) * _radius(thing)
+    thing = pick(objects, rng)
+    angle, reach = rng.uniform(0, 2 * np.pi), rng.uniform(0.6, 1.1) * radius_of(thing)
     copy = ndimage.shift(thing, (reach * np.sin(angle), reach * np.cos(angle)), order=0)
-    out[copy & ~thing] = _color_of(image, thing) if rng.random() < 0.6 else _PALETTE[rng.integers(len(_PALETTE))]
+    out[copy & ~thing] = color_of(image, thing) if rng.random() < 0.6 else _PALETTE[rng.integers(len(_PALETTE))]
     return out
 
 
 def hole(image: Image, objects: np.ndarray, rng: np.random.Generator) -> Image:
     """One or two gaps inside an object, through which the background (or nothing but darkness) shows."""
-    thing = _pick(objects, rng)
+    thing = pick(objects, rng)
     inside = ndimage.binary_erosion(thing, iterations=2)
     out = image.copy()
     for _ in range(int(rng.integers(1, 3))):
-        y, x = _point(inside if inside.any() else thing, rng)
-        gap = _ragged_blob(image.shape, y, x, rng.uniform(0.25, 0.4) * _radius(thing) + 1.0, 0.2, rng)
+        y, x = point_in(inside if inside.any() else thing, rng)
+        gap = ragged_blob(image.shape, y, x, rng.uniform(0.25, 0.4) * radius_of(thing) + 1.0, 0.2, rng)
         out[gap & ndimage.binary_erosion(thing)] = _background(image, objects) if rng.random() < 0.75 else 10
     return out
 
@@ -76,8 +77,8 @@ def hole(image: Image, objects: np.ndarray, rng: np.random.Generator) -> Image:
 def speckle(image: Image, objects: np.ndarray, rng: np.random.Generator) -> Image:
     """A local patch of coloured or black-and-white dots: unlike grain it is strong, in colour and in one place."""
     anywhere = np.ones(image.shape[:2], dtype=bool)
-    y, x = _point(_pick(objects, rng) if rng.random() < 0.6 else anywhere, rng)
-    patch = _ragged_blob(image.shape, y, x, rng.uniform(5, 10), 0.3, rng)
+    y, x = point_in(pick(objects, rng) if rng.random() < 0.6 else anywhere, rng)
+    patch = ragged_blob(image.shape, y, x, rng.uniform(5, 10), 0.3, rng)
     dots = patch & (rng.random(patch.shape) < rng.uniform(0.2, 0.5))
     if rng.random() < 0.4:
         dots = patch & ndimage.binary_dilation(dots & (rng.random(patch.shape) < 0.3), np.ones((2, 2)))
@@ -90,8 +91,8 @@ def seam(image: Image, objects: np.ndarray, rng: np.random.Generator) -> Image:
     turned = rng.random() < 0.5
     view = image.transpose(1, 0, 2) if turned else image
     out = view.copy()
-    thing = _pick(objects, rng)
-    y, _ = _point(thing.T if turned else thing, rng)
+    thing = pick(objects, rng)
+    y, _ = point_in(thing.T if turned else thing, rng)
     contrast = rng.uniform(45, 100) * rng.choice((-1, 1))
     match rng.integers(3):
         case 0:
@@ -111,17 +112,17 @@ def seam(image: Image, objects: np.ndarray, rng: np.random.Generator) -> Image:
 
 def color_bleed(image: Image, objects: np.ndarray, rng: np.random.Generator) -> Image:
     """An object's colour smeared over its surroundings, or a foreign colour running into the object."""
-    thing = _pick(objects, rng)
-    radius = _radius(thing)
-    y, x = _point(thing & ~ndimage.binary_erosion(thing), rng)
+    thing = pick(objects, rng)
+    radius = radius_of(thing)
+    y, x = point_in(thing & ~ndimage.binary_erosion(thing), rng)
     if rng.random() < 0.5:
-        source, target, color = thing, ~objects.any(axis=0), _color_of(image, thing)
-        center_y, center_x = _center(thing)
+        source, target, color = thing, ~objects.any(axis=0), color_of(image, thing)
+        center_y, center_x = center_of(thing)
         y, x = y + (y - center_y) // 2, x + (x - center_x) // 2  # further out
     else:
-        others = [c for c in _PALETTE if np.abs(c.astype(int) - _color_of(image, thing)).max() > 60]
+        others = [c for c in _PALETTE if np.abs(c.astype(int) - color_of(image, thing)).max() > 60]
         source, target, color = thing, thing, others[rng.integers(len(others))]
-    spot = ndimage.gaussian_filter(_ragged_blob(image.shape, y, x, 0.9 * radius + 1, 0.2, rng).astype(float), 1.2)
+    spot = ndimage.gaussian_filter(ragged_blob(image.shape, y, x, 0.9 * radius + 1, 0.2, rng).astype(float), 1.2)
     near = ndimage.gaussian_filter(source.astype(float), rng.uniform(2.5, 4)) * 3
     alpha = np.clip(spot * np.clip(near, 0, 1) * rng.uniform(1.2, 1.8), 0, 0.95) * target
     return np.round(image + alpha[..., None] * (np.asarray(color) - image.astype(float))).astype(np.uint8)
@@ -129,8 +130,8 @@ def color_bleed(image: Image, objects: np.ndarray, rng: np.random.Generator) -> 
 
 def malformed_outline(image: Image, objects: np.ndarray, rng: np.random.Generator) -> Image:
     """An object bent out of shape: its surroundings displaced by a smooth random field."""
-    thing = _pick(objects, rng)
-    radius = _radius(thing)
+    thing = pick(objects, rng)
+    radius = radius_of(thing)
     field = ndimage.gaussian_filter(rng.standard_normal((2, *thing.shape)), (0, 0.3 * radius, 0.3 * radius))
     field *= (0.5 + rng.uniform(0.12, 0.26) * radius) / field[:, thing].std()
     near = ndimage.gaussian_filter(ndimage.binary_dilation(thing, iterations=3).astype(float), 1.5)
@@ -175,62 +176,22 @@ def permitted(permits: Sequence[str]) -> frozenset[str]:
     return frozenset(name for name in CLASSES if asked & {name, *_PERMIT_WORDS[name]})
 
 
-def inject(name: str, image: Image, objects: np.ndarray, rng: np.random.Generator, *, tries: int = 6) -> Image | None:
+def inject(
+    name: str,
+    image: Image,
+    objects: np.ndarray,
+    rng: np.random.Generator,
+    *,
+    tries: int = 6,
+    injectors: Mapping[str, Injector] = INJECTORS,
+) -> Image | None:
     """The image with one defect of a class that changes at least 16 px clearly, or None if it found no room for one."""
     for _ in range(tries):
-        damaged = INJECTORS[name](image, objects, rng)
+        damaged = injectors[name](image, objects, rng)
         if (np.abs(damaged.astype(int) - image).max(axis=-1) > 40).sum() >= 16:
             return damaged
     return None
 
 
-def _pick(objects: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """One object's mask (H, W)."""
-    return objects[rng.integers(len(objects))]
-
-
-def _point(mask: np.ndarray, rng: np.random.Generator) -> tuple[int, int]:
-    points = np.argwhere(mask)
-    y, x = points[rng.integers(len(points))]
-    return int(y), int(x)
-
-
-def _radius(mask: np.ndarray) -> float:
-    return float(np.sqrt(mask.sum() / np.pi))
-
-
-def _center(mask: np.ndarray) -> tuple[int, int]:
-    y, x = np.round(np.argwhere(mask).mean(axis=0))
-    return int(y), int(x)
-
-
-def _color_of(image: Image, mask: np.ndarray) -> np.ndarray:
-    return np.median(image[mask], axis=0)
-
-
 def _background(image: Image, objects: np.ndarray) -> np.ndarray:
-    return _color_of(image, ~np.any(objects, axis=0))
-
-
-def _disc(radius: float) -> np.ndarray:
-    reach = int(np.ceil(radius))
-    y, x = np.mgrid[-reach : reach + 1, -reach : reach + 1]
-    return np.hypot(y, x) <= radius
-
-
-def _ragged_blob(
-    shape: tuple[int, ...], y: float, x: float, radius: float, raggedness: float, rng: np.random.Generator
-) -> np.ndarray:
-    """A disc whose radius jumps by +- `raggedness` of itself from one of 14 directions to the next; bool (H, W)."""
-    rows, columns = np.mgrid[: shape[0], : shape[1]]
-    angle = np.arctan2(rows - y, columns - x)
-    reach = radius * (1 + raggedness * rng.uniform(-1, 1, 15))
-    turn = (angle + np.pi) / (2 * np.pi) * 14
-    return np.hypot(rows - y, columns - x) <= np.interp(turn, np.arange(15), reach)
-
-
-def _nearest_points(first: np.ndarray, second: np.ndarray) -> tuple[tuple[int, int], tuple[int, int]]:
-    """The two pixels of two objects that lie closest together."""
-    distance, indices = ndimage.distance_transform_edt(~second, return_indices=True)
-    y, x = np.unravel_index(np.where(first, distance, np.inf).argmin(), first.shape)
-    return (int(y), int(x)), (int(indices[0, y, x]), int(indices[1, y, x]))
+    return color_of(image, ~np.any(objects, axis=0))
