@@ -77,13 +77,19 @@ class Detector:
         if max(height, width) > 2 * self.side or min(height, width) < self.side / 2:
             raise RlhfImgError(
                 f"artifact: images are {width} x {height} px, but these weights were trained at {self.side} px and "
-                f"know nothing of other scales. Give weights for this size with {{name: artifact, options: "
-                f"{{weights: FILE}}}}, or leave the reward out."
+                f"know nothing of other scales. Make others from your own pictures with: rlhf-img reward train "
+                f"artifact --images FOLDER --side {_fitting(height, width)} --out FILE, and give them with "
+                f"{{reward: artifact, options: {{weights: FILE}}}}; or leave the reward out."
             )
         device = next(self.net.parameters()).device
         heats = [self.net(part.to(device, torch.float32)).float() for part in images_B3HW.split(batch)]
         heat = torch.cat(heats)
         return self.net.pool(heat).cpu(), heat.cpu()
+
+
+def _fitting(height: int, width: int) -> int:
+    """A side for training that takes in such images: a multiple of 8 from 32 to 1024."""
+    return min(1024, max(32, 8 * round(min(height, width) / 8)))
 
 
 def load_detector(path: Path = WEIGHTS) -> Detector:
