@@ -19,13 +19,12 @@ from rich.table import Table
 
 from rlhf_img.cli.main import keep_freed_memory
 from rlhf_img.config import from_mapping, merge, parse_overrides, versions
-from rlhf_img.training.config import RunConfig
-from rlhf_img.training.loop import iteration, prepare
+from rlhf_img.training.grpo import Config, iteration, prepare
 
 
-def signal(config: RunConfig, iterations: int) -> dict[str, float]:
+def signal(config: Config, iterations: int) -> dict[str, float]:
     """Share of signal, its standard error, and seconds an iteration."""
-    parts = prepare(config)
+    parts, _ = prepare(config)
     parameters = parts.policy.parameters.values()
     start = [p.detach().clone() for p in parameters]
     gradients, seconds = [], []
@@ -54,7 +53,7 @@ def main() -> None:
     given = parse_overrides([*options.settings, "grpo.max_grad_norm=1e9", "tracker=none"])
     found = {}
     for kind in ("forward", "steps"):
-        config = from_mapping(RunConfig, merge(given, {"grpo": {"likelihood": kind}}), "settings")
+        config = from_mapping(Config, merge(given, {"grpo": {"likelihood": kind}}), "settings")
         found[kind] = signal(config, options.iterations)
     table = Table(title=f"{options.iterations} iterations", caption=versions()["hardware"])
     for column in ("likelihood", "signal", "standard error", "seconds", "signal a second"):

@@ -70,7 +70,7 @@ def lines(run_folder: Path) -> list[dict[str, float]]:
 
 def state(run_folder: Path) -> bytes:
     newest = max((run_folder / "checkpoints").iterdir())
-    return (newest / "state.safetensors").read_bytes()
+    return (newest / "policy.safetensors").read_bytes()
 
 
 def test_a_run_leaves_what_the_design_promises(

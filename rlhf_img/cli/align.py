@@ -4,16 +4,16 @@ import json
 import shlex
 import sys
 import time
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 
 from rlhf_img.config import describe, from_mapping, load_yaml, merge, parse_overrides, to_mapping, versions
 from rlhf_img.errors import RlhfImgError
 
-if TYPE_CHECKING:
-    from rlhf_img.training.config import RunConfig
+_Config = TypeVar("_Config")
 
 
 def grpo(
@@ -48,7 +48,7 @@ def grpo(
         rlhf-img grpo --out runs/first --resume
     """
     if show_settings:
-        _print_settings()
+        _print_settings("grpo")
         return
     options = {
         "rewards": rewards, "model": model, "prompts": _text(prompts), "eval_prompts": _text(eval_prompts),
@@ -58,28 +58,32 @@ def grpo(
     given = merge(given, parse_overrides(settings or []))
     if resume and out is None:
         raise RlhfImgError("--resume needs --out with the folder of the run to go on with")
-    _run(given, out or Path("runs") / time.strftime("grpo-%Y%m%d-%H%M%S"), resume, as_json)
+    _run("grpo", given, out, resume, as_json)
 
 
-def _run(given: dict[str, Any], out: Path, resume: bool, as_json: bool) -> None:
-    """The run with the settings `given`, in the folder `out`."""
+def _run(algorithm: str, given: dict[str, Any], out: Path | None, resume: bool, as_json: bool) -> None:
+    """A run of an algorithm, which is a file of `training`, with the settings `given`, in the folder `out`."""
     from rich.console import Console
 
     from rlhf_img.report import build
-    from rlhf_img.training.config import RunConfig
-    from rlhf_img.training.loop import prepare, train
+    from rlhf_img.training.loop import train
     from rlhf_img.training.rundir import RunDir
 
+    out = out or Path("runs") / time.strftime(f"{algorithm}-%Y%m%d-%H%M%S")
+    room = import_module(f"rlhf_img.training.{algorithm}")
     console = Console(stderr=as_json)
     began = time.time()
     with RunDir.create(out, resume=resume) as run:
-        resolved = _resumed(run.read_config(), given) if resume else from_mapping(RunConfig, given, "settings")
-        parts = prepare(resolved)
+        if resume:
+            config = _resumed(room.Config, run.read_config(), given)
+        else:
+            config = from_mapping(room.Config, given, "settings")
+        _, job = room.prepare(config)
         run.write_config({
-            "algorithm": "grpo", "command": shlex.join(["rlhf-img", *sys.argv[1:]]), "seed": resolved.seed,
-            "config": to_mapping(resolved), "versions": versions(),
+            "algorithm": algorithm, "command": shlex.join(["rlhf-img", *sys.argv[1:]]), "seed": config.seed,
+            "config": to_mapping(config), "versions": versions(),
         })  # fmt: skip
-        result = train(parts, run, console)
+        result = train(job, run, console)
     page = build([out], None)
     if as_json:
         typer.echo(json.dumps({**result, "report": str(page)}))
@@ -87,10 +91,8 @@ def _run(given: dict[str, Any], out: Path, resume: bool, as_json: bool) -> None:
         _print_result(console, result, page, time.time() - began)
 
 
-def _print_settings() -> None:
-    from rlhf_img.training.config import RunConfig
-
-    for item in describe(RunConfig):
+def _print_settings(algorithm: str) -> None:
+    for item in describe(import_module(f"rlhf_img.training.{algorithm}").Config):
         typer.echo(f"{item.key} ({item.type}, default {item.default})\n    {item.doc}")
 
 
@@ -98,12 +100,10 @@ def _text(path: Path | None) -> str | None:
     return None if path is None else str(path)
 
 
-def _resumed(saved: dict[str, Any], given: dict[str, Any]) -> "RunConfig":
+def _resumed(config: type[_Config], saved: dict[str, Any], given: dict[str, Any]) -> _Config:
     """The run's own settings; only `steps` may be changed, since anything else would make another run of it."""
-    from rlhf_img.training.config import RunConfig
-
-    before = from_mapping(RunConfig, saved["config"], "the run's config.yaml")
-    after = from_mapping(RunConfig, merge(saved["config"], given), "settings")
+    before = from_mapping(config, saved["config"], "the run's config.yaml")
+    after = from_mapping(config, merge(saved["config"], given), "settings")
     old, new = to_mapping(before), to_mapping(after)
     changed = [key for key in old if old[key] != new[key] and key != "steps"]
     if changed:

@@ -1,9 +1,8 @@
-"""The configuration of a run: every setting with its default, what it means, and where it comes from."""
+"""The settings that runs of all algorithms share, with what they mean; each algorithm's own are in its file here."""
 
 from dataclasses import dataclass, field
 from typing import Literal
 
-from rlhf_img.algorithms.grpo import GRPOConfig
 from rlhf_img.errors import RlhfImgError
 from rlhf_img.model.policy import LoRAConfig
 from rlhf_img.training.evaluate import EvalConfig
@@ -11,7 +10,7 @@ from rlhf_img.training.evaluate import EvalConfig
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunConfig:
-    """A GRPO run. Every field can be set in a run file or as `key=value`, nested ones with dots: `grpo.lr=1e-4`."""
+    """What every training run has, of whatever algorithm."""
 
     model: str = "playground"
     """"playground", a folder that holds a diffusers Krea 2 pipeline, or a hub id such as "krea/Krea-2-Raw"."""
@@ -20,20 +19,16 @@ class RunConfig:
     the sampler's steps and likelihoods are float32 in any case."""
     rewards: str | tuple[dict[str, object], ...] = "rubric,artifact"
     """Rewards and weights, "rubric:2,artifact,my_rewards.py:neon", or a list with options."""
-    combine: str = "gdpo"
-    """How rewards become one advantage: "gdpo" normalises each by its group first, "sum" adds them as they are."""
     prompts: str | None = None
     """File of training prompts (.txt, .jsonl, .yaml); None: the playground's own."""
     eval_prompts: str | None = None
     """File of held-out prompts; None: the playground's, or a share of `prompts`."""
     steps: int = 40
-    """Iterations of rollout, scoring and update."""
+    """Iterations."""
     seed: int = 0
     """Of the adapter, the order of prompts and all noise. Evaluation seeds do not depend on it."""
     full: bool = False
     """Train all weights of the transformer's blocks instead of a LoRA; needs room for a second copy of them."""
-    max_unscored: float = 0.5
-    """The run stops if a reward leaves more than this share of an iteration unscored."""
     checkpoint_every: int = 10
     """Iterations between checkpoints."""
     sample_every: int = 20
@@ -43,7 +38,6 @@ class RunConfig:
     tracker: str = "tensorboard"
     """A tracker of accelerate ("tensorboard", "wandb", ...) or "none". metrics.jsonl is written in any case."""
     lora: LoRAConfig = field(default_factory=LoRAConfig)
-    grpo: GRPOConfig = field(default_factory=GRPOConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
 
     def __post_init__(self) -> None:
@@ -51,5 +45,3 @@ class RunConfig:
         for name, least in (("steps", 1), ("checkpoint_every", 1), ("sample_every", 0), ("samples", 1)):
             if getattr(self, name) < least:
                 raise RlhfImgError(f"{name} must be {least} or more; got {getattr(self, name)}")
-        if not 0 <= self.max_unscored <= 1:
-            raise RlhfImgError(f"max_unscored is a share between 0 and 1; got {self.max_unscored}")
