@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -280,3 +281,64 @@ def test_diversity_is_the_distance_between_images_of_a_prompt() -> None:
     images = torch.zeros(2, 3, 3, 16, 16)
     images[1, 0] = 0.6  # one of three differs by 0.6 from two others: two of three pairs
     torch.testing.assert_close(diversity(images), torch.tensor([0.0, 0.4]))
+
+
+def command(files: Path, out: Path, *more: str) -> list[str]:
+    return [sys.executable, "-m", "rlhf_img.cli.main", *arguments(files, out, "grpo.prompts=4", *more)]
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_several_processes_do_what_one_does(files: Path, tmp_path: Path, processes: int) -> None:
+    found = []
+    for count in (1, processes):
+        out = tmp_path / str(count)
+        rewards = f"{files / 'bright.py'}:bright,rubric"
+        more = "steps=2", "eval.diversity_prompts=4", "--rewards", rewards, "--processes", str(count)
+        subprocess.run(command(files, out, *more), check=True, stdout=subprocess.DEVNULL)
+        found.append((lines(out), json.loads((out / "eval.json").read_text()), files_of(out)))
+    (one, one_eval, one_files), (many, many_eval, many_files) = found
+    assert [row.keys() for row in many] == [row.keys() for row in one]
+    assert many[0] == pytest.approx(one[0], rel=1e-4, abs=1e-6, nan_ok=True)
+    # Adam's first step is the gradient's sign, so that from then on rounding counts.
+    assert many[1]["reward/bright/mean"] == pytest.approx(one[1]["reward/bright/mean"], rel=0.01)
+    (many_before, many_after), (one_before, one_after) = many_eval["checkpoints"], one_eval["checkpoints"]
+    for key in ("pass_all", "rewards", "by_check", "diversity"):
+        assert flat(many_before[key]) == pytest.approx(flat(one_before[key]), rel=1e-6)
+    assert many_after["rewards"]["bright"] == pytest.approx(one_after["rewards"]["bright"], rel=0.01)
+    assert many_files == one_files
+
+
+def files_of(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def flat(tree: dict[str, Any]) -> dict[str, float]:
+    inner = {f"{a}/{b}": x for a, value in tree.items() if isinstance(value, dict) for b, x in value.items()}
+    return inner or tree
+
+
+def test_a_killed_process_ends_the_others_and_the_run_goes_on(files: Path, tmp_path: Path) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    subprocess.run(command(files, whole, "steps=4"), check=True, stdout=subprocess.DEVNULL)
+    with subprocess.Popen(command(files, killed, "steps=4", "--processes", "2"), stdout=subprocess.DEVNULL) as process:
+        deadline = time.time() + 300
+        while not (killed / "checkpoints" / "step_000002").exists() and time.time() < deadline:
+            assert process.poll() is None, "the run ended before it could be killed"
+            time.sleep(0.01)
+        started = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True)
+        os.kill(max(int(pid) for pid in started.stdout.split()), signal.SIGKILL)
+        assert process.wait(timeout=60) == 128 + signal.SIGKILL
+    subprocess.run(  # by one process, what two began
+        [sys.executable, "-m", "rlhf_img.cli.main", "grpo", "--out", str(killed), "--resume", "--processes", "1"],
+        check=True, stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    assert [row["step"] for row in lines(killed)] == [1, 2, 3, 4]
+    assert lines(killed)[0] == pytest.approx(lines(whole)[0], rel=1e-4, abs=1e-6, nan_ok=True)
+    assert lines(killed)[3]["reward/bright/mean"] == pytest.approx(lines(whole)[3]["reward/bright/mean"], rel=0.01)
+
+
+def test_prompts_that_cannot_be_shared_are_an_error(files: Path, tmp_path: Path) -> None:
+    ended = subprocess.run(command(files, tmp_path / "run", "--processes", "3"), capture_output=True, text=True)
+    assert ended.returncode == 2
+    assert "grpo.prompts must be a multiple of the number of processes, 3" in ended.stderr
+    assert ended.stderr.count("error:") == 1

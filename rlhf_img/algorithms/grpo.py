@@ -27,12 +27,12 @@ recomputation of log p_old (a rollout's own is exact, which the pre-flight check
 advantage in rewards/combining.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from rlhf_img.algorithms.rollout import Batch, Draw, Rollout, RolloutConfig, Step, forward_logp, require
 from rlhf_img.model.flow import STEPS, SdeStep
@@ -175,9 +175,9 @@ def _replay_step(
 
 def update(
     policy: Policy, optimizer: torch.optim.Optimizer, sampled: Rollout, advantages_B: Float[Tensor, " B"],
-    config: GRPOConfig,
+    config: GRPOConfig, average_gradients: Callable[[list[nn.Parameter]], None] = lambda parameters: None,
 ) -> dict[str, float]:  # fmt: skip
-    """The optimiser steps of one iteration.
+    """The optimiser steps of one iteration. `average_gradients` is called before each, for runs of several processes.
 
     Returns means over images and terms of loss, kl and ratio statistics, and the gradient norm.
     Raises FloatingPointError before an optimiser step whose loss or gradient is not finite.
@@ -185,6 +185,7 @@ def update(
     advantages_B = advantages_B.clamp(-config.advantage_clip, config.advantage_clip)
     totals: dict[str, float] = {}
     parts = _split(sampled, config)
+    parameters = list(policy.parameters.values())
     for part in parts:
         count = sum(len(batch.rows_B) * len(batch.terms) for batch in part.batches)
         optimizer.zero_grad(set_to_none=True)
@@ -195,7 +196,8 @@ def update(
                 totals[name] = totals.get(name, 0.0) + float(value.sum()) / count / len(parts)
             deviation = float((item.log_ratio_B.detach().exp() - 1).abs().max())
             totals["ratio/max_dev"] = max(totals.get("ratio/max_dev", 0.0), deviation)
-        norm = torch.nn.utils.clip_grad_norm_(list(policy.parameters.values()), config.max_grad_norm)
+        average_gradients(parameters)
+        norm = nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
         if not torch.isfinite(norm):
             raise FloatingPointError(f"the gradient is not finite (loss {totals['loss']:.4g}): no step was taken")
         optimizer.step()

@@ -149,27 +149,33 @@ def forward_logp(
 
 @torch.no_grad()
 def rollout(
-    model: Model, policy: Policy, conditioner: Conditioner, prompts: Sequence[str], config: RolloutConfig, seed: int
-) -> Rollout:
-    """Samples G images for each prompt. The same arguments and weights give the same rollout, to the bit."""
+    model: Model, policy: Policy, conditioner: Conditioner, prompts: Sequence[str], config: RolloutConfig, seed: int,
+    places: Sequence[int] | None = None,
+) -> Rollout:  # fmt: skip
+    """Samples G images for each prompt. The same arguments and weights give the same rollout, to the bit.
+
+    `places`: sample only these of the prompts, with the noise that they have among all of them.
+    """
+    places = range(len(prompts)) if places is None else places
     grid = model.grid(model.default_size, model.default_size)
     levels = sigmas(config.num_steps, grid[0] * grid[1], model.scheduler.config, model.is_distilled)
     generator = torch.Generator().manual_seed(seed)
     steps = config.likelihood == "steps"
     window = _window(config, generator) if steps else range(0)
-    images = range(len(prompts) * config.group)
+    images = [place * config.group + i for place in places for i in range(config.group)]
     repeat = [i // config.group * config.group if steps and config.shared_noise else i for i in images]
     noise_BNC = initial_noise(model, [seed + i for i in repeat], model.default_size, model.default_size)
-    texts = [text for text in conditioner.encode(prompts) for _ in range(config.group)]
+    texts = [text for text in conditioner.encode([prompts[i] for i in places]) for _ in range(config.group)]
     per_batch = max(1, config.batch_size // config.group) * config.group
-    draws = [] if steps else _levels_and_noise(config, noise_BNC[:: config.group], generator)
+    draws = [] if steps else _levels_and_noise(config, (len(prompts), *noise_BNC.shape[1:]), generator)
+    generator.manual_seed(seed + images[0])  # what follows differs between processes
     batches = []
     with policy.acting() as transformer:
-        for places, texts_BLD in by_length(texts):
-            for rows, text_BLD in zip(in_parts(places, per_batch), texts_BLD.split(per_batch), strict=True):
+        for same, texts_BLD in by_length(texts):
+            for rows, text_BLD in zip(in_parts(same, per_batch), texts_BLD.split(per_batch), strict=True):
                 x0, taken = _sample(transformer, noise_BNC[rows], text_BLD, levels, window, grid, config, generator)
-                groups = [row // config.group for row in rows]
-                noised = [(sigma, eps_PNC[groups]) for sigma, eps_PNC in draws]
+                groups = [places[row // config.group] for row in rows]
+                noised = [(sigma, eps_PNC[groups].to(x0.device)) for sigma, eps_PNC in draws]
                 terms = taken or _noised(transformer, x0, text_BLD, noised, grid, old=config.updates > 1)
                 batches.append(Batch(rows_B=rows, text_BLD=text_BLD, terms=terms, final_BNC=x0))
     (empty_LD,) = conditioner.encode([""])
@@ -183,14 +189,14 @@ def _window(config: RolloutConfig, generator: torch.Generator) -> range:
 
 
 def _levels_and_noise(
-    config: RolloutConfig, like_PNC: Tensor, generator: torch.Generator
+    config: RolloutConfig, shape: tuple[int, ...], generator: torch.Generator
 ) -> list[tuple[float, Float[Tensor, "P N C"]]]:
     """For each draw a noise level, one in each of equal parts of the range, and noise for each prompt."""
     found = []
     for k in range(config.draws):
         share = (k + float(torch.rand((), generator=generator))) / config.draws
         sigma = config.min_sigma + (config.max_sigma - config.min_sigma) * share
-        found.append((sigma, torch.randn(like_PNC.shape, generator=generator).to(like_PNC.device)))
+        found.append((sigma, torch.randn(shape, generator=generator)))
     return found
 
 

@@ -6,12 +6,16 @@ import sys
 import time
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
+from rlhf_img.cli.processes import launch, started
 from rlhf_img.config import describe, from_mapping, load_yaml, merge, parse_overrides, to_mapping, versions
 from rlhf_img.errors import RlhfImgError
+
+if TYPE_CHECKING:
+    from rlhf_img.training.rundir import RunDir
 
 _Config = TypeVar("_Config")
 
@@ -31,6 +35,10 @@ def grpo(
     config: Annotated[Path | None, typer.Option(help="A run file (YAML) with any settings.")] = None,
     out: Annotated[Path | None, typer.Option(help="The run's folder [default: runs/grpo-DATE-TIME].")] = None,
     seed: Annotated[int | None, typer.Option(help="Of everything random.")] = None,
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="On this machine, each with a share of the prompts [default: one a GPU; "
+                                 "without one, for the playground, one a core].")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --out.")] = False,
     show_settings: Annotated[bool, typer.Option("--settings", help="List every setting and stop.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
@@ -58,7 +66,26 @@ def grpo(
     given = merge(given, parse_overrides(settings or []))
     if resume and out is None:
         raise RlhfImgError("--resume needs --out with the folder of the run to go on with")
+    if not started():
+        launch(_processes(given, out if resume else None, processes))
     _run("grpo", given, out, resume, as_json)
+
+
+def _processes(given: dict[str, Any], resumed: Path | None, wanted: int | None) -> int:
+    """As many as wanted; else one a GPU, and without one, for the embedded model, one a core, if the work divides."""
+    import torch
+
+    from rlhf_img.model.loading import PLAYGROUND
+    from rlhf_img.training.grpo import Config
+
+    saved = load_yaml(resumed / "config.yaml")["config"] if resumed and (resumed / "config.yaml").exists() else {}
+    config = from_mapping(Config, merge(saved, given), "settings")
+    if wanted is not None:
+        config.check_processes(wanted)
+        return wanted
+    most = torch.cuda.device_count() or (torch.get_num_threads() if config.model == PLAYGROUND else 1)
+    most = 1 if config.grpo.updates > 1 else most
+    return max(n for n in range(1, most + 1) if config.grpo.prompts % n == 0)
 
 
 def _run(algorithm: str, given: dict[str, Any], out: Path | None, resume: bool, as_json: bool) -> None:
@@ -66,24 +93,25 @@ def _run(algorithm: str, given: dict[str, Any], out: Path | None, resume: bool, 
     from rich.console import Console
 
     from rlhf_img.report import build
+    from rlhf_img.training import distributed
     from rlhf_img.training.loop import train
-    from rlhf_img.training.rundir import RunDir
 
-    out = out or Path("runs") / time.strftime(f"{algorithm}-%Y%m%d-%H%M%S")
     room = import_module(f"rlhf_img.training.{algorithm}")
-    console = Console(stderr=as_json)
     began = time.time()
-    with RunDir.create(out, resume=resume) as run:
-        if resume:
-            config = _resumed(room.Config, run.read_config(), given)
-        else:
-            config = from_mapping(room.Config, given, "settings")
-        _, job = room.prepare(config)
-        run.write_config({
-            "algorithm": algorithm, "command": shlex.join(["rlhf-img", *sys.argv[1:]]), "seed": config.seed,
-            "config": to_mapping(config), "versions": versions(),
-        })  # fmt: skip
-        result = train(job, run, console)
+    with distributed.joined():
+        first = distributed.is_first()
+        out = distributed.gather(out or Path("runs") / time.strftime(f"{algorithm}-%Y%m%d-%H%M%S"))[0]
+        console = Console(stderr=as_json, quiet=not first)
+        with distributed.open_run(out, resume=resume) as run:
+            config = _config(room.Config, run, given, resume)
+            _, job = room.prepare(config)
+            run.write_config({
+                "algorithm": algorithm, "command": shlex.join(["rlhf-img", *sys.argv[1:]]), "seed": config.seed,
+                "config": to_mapping(config), "processes": distributed.world(), "versions": versions(),
+            })  # fmt: skip
+            result = train(job, run, console)
+    if not first:
+        return
     page = build([out], None)
     if as_json:
         typer.echo(json.dumps({**result, "report": str(page)}))
@@ -100,8 +128,12 @@ def _text(path: Path | None) -> str | None:
     return None if path is None else str(path)
 
 
-def _resumed(config: type[_Config], saved: dict[str, Any], given: dict[str, Any]) -> _Config:
-    """The run's own settings; only `steps` may be changed, since anything else would make another run of it."""
+def _config(config: type[_Config], run: "RunDir", given: dict[str, Any], resume: bool) -> _Config:
+    """The settings given; of a resumed run its own, of which only `steps` may be changed: anything else would make
+    another run of it."""
+    if not resume:
+        return from_mapping(config, given, "settings")
+    saved = run.read_config()
     before = from_mapping(config, saved["config"], "the run's config.yaml")
     after = from_mapping(config, merge(saved["config"], given), "settings")
     old, new = to_mapping(before), to_mapping(after)

@@ -31,6 +31,12 @@ def open_judge(config: JudgeConfig) -> Judge:
     return Canary(judge, every=config.canary_every) if config.canary_every else judge
 
 
+_ALWAYS = {"judge/calls": "calls", "judge/failed": "failures", "judge/retries": "retries"}
+_TOKENS = {"judge/prompt_tokens": "prompt_tokens", "judge/completion_tokens": "completion_tokens"}
+COUNTS = (*_ALWAYS, *_TOKENS)
+"""Those entries of `accounted` that are counts."""
+
+
 @contextmanager
 def accounted() -> Iterator[dict[str, float]]:
     """Gives a dictionary that holds, once the block is done, what all opened judges did in it; empty if nothing.
@@ -54,11 +60,11 @@ def _metrics(pairs: list[tuple[Usage, Usage]]) -> dict[str, float]:
     def grown(name: str) -> float:
         return float(sum(getattr(now, name) - getattr(before, name) for before, now in pairs))
 
-    found = {"judge/calls": grown("calls"), "judge/failed": grown("failures"), "judge/retries": grown("retries")}
+    found = {name: grown(attribute) for name, attribute in _ALWAYS.items()}
     # Newest first, as many as there were calls.
     seconds = [s for before, now in pairs for s in islice(reversed(now.latest), now.calls - before.calls)]
     found |= {"judge/seconds_mean": float(np.mean(seconds)), "judge/seconds_p95": float(np.percentile(seconds, 95))}
-    tokens = {f"judge/{name}": grown(name) for name in ("prompt_tokens", "completion_tokens")}
+    tokens = {name: grown(attribute) for name, attribute in _TOKENS.items()}
     found |= {name: count for name, count in tokens.items() if count}
     for drift in (now.drift[-1] for before, now in pairs if len(now.drift) > len(before.drift)):
         # Of several judges the one that has changed most.

@@ -10,8 +10,9 @@ import numpy as np
 from rlhf_img.model.conditioning import Conditioner
 from rlhf_img.model.loading import Model
 from rlhf_img.rewards import Reward
+from rlhf_img.training import distributed
 from rlhf_img.training.prompts import Prompt
-from rlhf_img.training.samples import Drawn, Progress, draw, draw_images
+from rlhf_img.training.samples import Drawn, Progress, draw, draw_images, merge
 from rlhf_img.training.sentinels import diversity
 
 EVAL_SEED = 7_000_000
@@ -55,20 +56,29 @@ class Evaluation:
 
 def evaluate(
     model: Model, conditioner: Conditioner, rewards: Sequence[Reward], prompts: Sequence[Prompt], config: EvalConfig,
-    progress: Progress | None = None,
+    progress: Progress | None = None, shown: int | None = None,
 ) -> tuple[Evaluation, Drawn]:  # fmt: skip
-    """Measures the transformer as it is now (with the role that is active). `rewards` must hold "rubric"."""
-    seeds = [EVAL_SEED + i for i in range(len(prompts))]
+    """Measures the transformer as it is now (with the role that is active). `rewards` must hold "rubric".
+
+    Of the images the first `shown` are given back, or all. Several processes share the work.
+    """
+    shown = len(prompts) if shown is None else shown
+    mine = distributed.share(len(prompts))
     drawn = draw(
-        model, conditioner, rewards, prompts, seeds, num_steps=config.num_steps, guidance=config.guidance,
-        progress=progress,
+        model, conditioner, rewards, [prompts[i] for i in mine], [EVAL_SEED + i for i in mine],
+        num_steps=config.num_steps, guidance=config.guidance, progress=progress,
     )  # fmt: skip
-    some = [p for p in prompts[: config.diversity_prompts] for _ in range(config.diversity_images)]
+    parts = distributed.gather(drawn.with_images(sum(i < shown for i in mine)))
+    each = config.diversity_images
+    places = distributed.share(min(len(prompts), config.diversity_prompts))
     varied = draw_images(
-        model, conditioner, some, [2 * EVAL_SEED + i for i in range(len(some))], num_steps=config.num_steps,
+        model, conditioner, [prompts[i] for i in places for _ in range(each)],
+        [2 * EVAL_SEED + i * each + k for i in places for k in range(each)], num_steps=config.num_steps,
         guidance=config.guidance,
     )  # fmt: skip
-    return measure(drawn, diversity(varied.unflatten(0, (-1, config.diversity_images))).tolist()), drawn
+    spread = distributed.gather_shares(diversity(varied.unflatten(0, (-1, each))))
+    whole = merge(parts)
+    return measure(whole, spread.tolist()), whole
 
 
 def measure(drawn: Drawn, diversity_P: list[float]) -> Evaluation:

@@ -1,7 +1,7 @@
 """A run of GRPO: its settings, its parts, and one iteration."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -11,19 +11,25 @@ from rlhf_img.algorithms import grpo
 from rlhf_img.algorithms.grpo import GRPOConfig
 from rlhf_img.algorithms.rollout import rollout
 from rlhf_img.errors import RlhfImgError, RunStopped
-from rlhf_img.judges import accounted
+from rlhf_img.judges import COUNTS, accounted
 from rlhf_img.model.conditioning import Conditioner
 from rlhf_img.model.loading import Model
 from rlhf_img.model.policy import Policy, make_policy
 from rlhf_img.model.vae import decode
 from rlhf_img.rewards import Images, Reward, advantages, load_rewards, score
 from rlhf_img.rewards.rubric import rubric_of
+from rlhf_img.rubrics.scoring import RubricResult
+from rlhf_img.training import distributed
 from rlhf_img.training import prompts as prompt_room
 from rlhf_img.training.config import RunConfig
 from rlhf_img.training.loop import Clock, Job, open_model, train_and_heldout, watched_rewards
 from rlhf_img.training.preflight import check_ratios
 from rlhf_img.training.prompts import Prompt
 from rlhf_img.training.sentinels import diversity, image_statistics
+
+_JOINT: dict[str, Callable[[list[float]], float]] = {"ratio/max_dev": max, "preflight/max_dev": max}
+_JOINT |= dict.fromkeys(COUNTS, sum)
+"""What several processes have in common of metrics that are no means."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,6 +48,19 @@ class Config(RunConfig):
         if not 0 <= self.max_unscored <= 1:
             raise RlhfImgError(f"max_unscored is a share between 0 and 1; got {self.max_unscored}")
 
+    def check_processes(self, count: int) -> None:
+        """Raises RlhfImgError if `count` processes cannot share the work."""
+        if self.grpo.prompts % count:
+            raise RlhfImgError(
+                f"grpo.prompts must be a multiple of the number of processes, {count}: groups are kept whole, and "
+                f"shares equal; got {self.grpo.prompts}"
+            )
+        if self.grpo.updates > 1 and count > 1:
+            raise RlhfImgError(
+                "grpo.updates above 1 divides an iteration by batches, which differ between processes: use one, "
+                "or one update and more iterations"
+            )
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Parts:
@@ -58,6 +77,7 @@ class Parts:
 
 def prepare(config: Config) -> tuple[Parts, Job]:
     """Loads and builds the parts of a run. Raises RlhfImgError for whatever the user can mend, before any work."""
+    config.check_processes(distributed.world())
     rewards = load_rewards(config.rewards)
     watched = watched_rewards(rewards, config)
     prompts, heldout = train_and_heldout(config)
@@ -82,24 +102,26 @@ def iteration(parts: Parts, step: int) -> dict[str, float]:
     config = parts.config
     clock = Clock()
     drawn = prompt_room.draw(parts.prompts, config.grpo.prompts, step - 1, config.seed)
-    texts = [p.text for p in drawn]
+    mine = distributed.share(len(drawn))
     sampled = rollout(
-        parts.model, parts.policy, parts.conditioner, texts, config.grpo, _rollout_seed(config, step)
-    )
+        parts.model, parts.policy, parts.conditioner, [p.text for p in drawn], config.grpo,
+        _rollout_seed(config, step), mine,
+    )  # fmt: skip
     deviation = check_ratios(parts.policy, sampled, config.grpo) if step == 1 else math.nan
     size = parts.model.default_size
     images = Images(decode(parts.model, sampled.latents(), size, size).detach().cpu())
     clock.lap("rollout")
 
-    repeated = [p for p in drawn for _ in range(config.grpo.group)]
+    repeated = [drawn[i] for i in mine for _ in range(config.grpo.group)]
     with accounted() as judged:
         scores = score(
             parts.rewards, [p.text for p in repeated], images, {"rubrics": [p.rubric for p in repeated]},
             group_size=config.grpo.group, max_unscored=config.max_unscored,
         )  # fmt: skip
-    values_PGK = scores.values_BK.unflatten(0, (len(drawn), config.grpo.group))
+    values_PGK = distributed.gather_shares(scores.values_BK.unflatten(0, (len(mine), config.grpo.group)))
     gates = [(p.rubric or rubric_of(p.text)).gates for p in drawn]
     advantages_PG, metrics = advantages(parts.rewards, values_PGK, method=config.combine, prompt_gates=gates)
+    advantages_B = advantages_PG[list(mine)].flatten().to(parts.model.device)
     clock.lap("reward")
 
     lr = config.grpo.lr * (1 - (step - 1) / config.steps)
@@ -107,7 +129,7 @@ def iteration(parts: Parts, step: int) -> dict[str, float]:
         group["lr"] = lr
     try:
         trained = grpo.update(
-            parts.policy, parts.optimizer, sampled, advantages_PG.flatten().to(parts.model.device), config.grpo
+            parts.policy, parts.optimizer, sampled, advantages_B, config.grpo, distributed.average_gradients
         )
     except FloatingPointError as error:
         raise RunStopped(
@@ -116,10 +138,11 @@ def iteration(parts: Parts, step: int) -> dict[str, float]:
         ) from error
     clock.lap("train")
     seen = {f"sentinel/{name}": value for name, value in image_statistics(images.tensor).items()}
-    seen["sentinel/diversity"] = float(diversity(images.tensor.unflatten(0, (len(drawn), -1))).mean())
+    seen["sentinel/diversity"] = float(diversity(images.tensor.unflatten(0, (len(mine), -1))).mean())
     first = {} if math.isnan(deviation) else {"preflight/max_dev": deviation}
-    learned = {**trained, **_renamed(metrics), **_rubric_metrics(scores.details), **judged}
-    return {**learned, **seen, **first, **clock.times(), "lr": lr}
+    own = {**trained, **judged, **seen, **first, **clock.times()}
+    common = {**_renamed(metrics), **_rubric_metrics(scores.details)}
+    return {**distributed.joint_metrics(own, _JOINT), **common, "lr": lr}
 
 
 def _rollout_seed(config: RunConfig, step: int) -> int:
@@ -133,9 +156,14 @@ def _renamed(metrics: Mapping[str, float]) -> dict[str, float]:
 
 
 def _rubric_metrics(details: Mapping[str, tuple[object, ...]]) -> dict[str, float]:
-    results = [r for r in details.get("rubric", ()) if r is not None]
-    passed = [r.passed for r in results if r.passed is not None]  # type: ignore[attr-defined]
-    single = [q.passed for r in results for q in r.requirements if q.passed is not None]  # type: ignore[attr-defined]
+    results = [r for r in details.get("rubric", ()) if isinstance(r, RubricResult)]
+    passed = _everywhere([r.passed for r in results])
+    single = _everywhere([requirement.passed for r in results for requirement in r.requirements])
     if not passed:
         return {}
     return {"rubric/pass_all": sum(passed) / len(passed), "rubric/pass_requirement": sum(single) / len(single)}
+
+
+def _everywhere(verdicts: list[bool | None]) -> list[bool]:
+    """The verdicts of all processes, without those left open."""
+    return [verdict for part in distributed.gather(verdicts) for verdict in part if verdict is not None]

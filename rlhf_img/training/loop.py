@@ -20,6 +20,7 @@ from rlhf_img.model.export import save_lora
 from rlhf_img.model.loading import PLAYGROUND, Model, fast_dtype, load
 from rlhf_img.model.policy import POLICY, Policy
 from rlhf_img.rewards import Reward, load_rewards
+from rlhf_img.training import distributed
 from rlhf_img.training import prompts as prompt_room
 from rlhf_img.training.config import RunConfig
 from rlhf_img.training.evaluate import EVAL_SEED, Evaluation, compare, evaluate, summarise
@@ -27,7 +28,7 @@ from rlhf_img.training.prompts import Prompt
 from rlhf_img.training.rundir import RunDir
 from rlhf_img.training.samples import draw, write_samples
 from rlhf_img.training.state import Trained, load_state, save_state
-from rlhf_img.training.trackers import Tracker, check_name
+from rlhf_img.training.trackers import NONE, Tracker, check_name
 
 _PLAYGROUND_PROMPTS = 4096
 
@@ -68,7 +69,8 @@ def train(job: Job, run: RunDir, console: Console) -> dict[str, Any]:
     config = job.config
     first = _restore(job, run)
     before = _evaluate_before(job, run, console)
-    with _progress(console) as progress, Tracker(config.tracker, run.path) as tracker:
+    tracker_name = config.tracker if distributed.is_first() else NONE
+    with _progress(console) as progress, Tracker(tracker_name, run.path) as tracker:
         task = progress.add_task("training", total=config.steps, completed=first, note="")
         for step in range(first + 1, config.steps + 1):
             metrics = job.iterate(step)
@@ -77,12 +79,13 @@ def train(job: Job, run: RunDir, console: Console) -> dict[str, Any]:
             progress.update(task, completed=step, note=_note(metrics))
             if step % config.checkpoint_every == 0 or step == config.steps:
                 run.save_checkpoint(step, partial(save_state, trained=job.trained, step=step))
-            if config.sample_every and step % config.sample_every == 0 and step < config.steps:
+            sampled = config.sample_every and step % config.sample_every == 0 and step < config.steps
+            if sampled and distributed.is_first():
                 _save_samples(job, run, f"step_{step:06d}")
     with job.policy.averaged():
         after, drawn = _evaluate(job, console, "measuring after")
         run.save_samples("after", lambda folder: write_samples(folder, drawn, config.samples))
-        if not config.full:
+        if not config.full and distributed.is_first():
             save_lora(job.model, POLICY, run.path / "lora")
     result = {
         "split": "heldout", "num_prompts": len(job.heldout_prompts), "images_per_prompt": 1,
@@ -152,7 +155,7 @@ def _restore(job: Job, run: RunDir) -> int:
 def _evaluate_before(job: Job, run: RunDir, console: Console) -> Evaluation:
     """Measures the untrained policy once; a resumed run reads what the first part measured."""
     file = run.path / "eval_before.json"
-    if file.exists():
+    if distributed.gather(file.exists())[0]:
         return Evaluation(**json.loads(file.read_text()))
     with job.policy.acting():
         before, drawn = _evaluate(job, console, "measuring before")
@@ -166,7 +169,7 @@ def _evaluate(job: Job, console: Console, title: str) -> Any:
         task: TaskID = progress.add_task(title, total=None, note="")
         return evaluate(
             job.model, job.conditioner, job.watched, job.heldout_prompts, job.config.eval,
-            lambda done, total: progress.update(task, completed=done, total=total),
+            lambda done, total: progress.update(task, completed=done, total=total), job.config.samples,
         )  # fmt: skip
 
 

@@ -36,10 +36,11 @@ class RunDir:
     Files and folders appear whole or not at all: they are written beside their place, forced to the disk and renamed.
     """
 
-    def __init__(self, path: Path, lock: int) -> None:
-        """Use `create`."""
+    def __init__(self, path: Path, lock: int | None) -> None:
+        """Use `create`. Without a lock, as the further processes of a run have it, nothing is written."""
         self.path = path
-        self._lock: int | None = lock
+        self._lock = lock
+        self._writes = lock is not None
 
     @classmethod
     def create(cls, path: Path, *, resume: bool = False) -> "RunDir":
@@ -63,6 +64,11 @@ class RunDir:
         run = cls(path, lock)
         run._sweep()
         return run
+
+    @classmethod
+    def follow(cls, path: Path) -> "RunDir":
+        """The run directory that another process of the same run has opened: read, never written."""
+        return cls(path, None)
 
     def close(self) -> None:
         """Lets others open the folder. Closing twice is allowed."""
@@ -91,6 +97,8 @@ class RunDir:
 
     def append_metrics(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Adds one line to `metrics.jsonl`. Steps count from 1; NaN and infinities become null."""
+        if not self._writes:
+            return
         line = json.dumps({"step": step, **_finite(dict(metrics))}, ensure_ascii=False) + "\n"
         path = self.path / "metrics.jsonl"
         with _explained(self.path), open(path, "ab") as file:
@@ -106,7 +114,7 @@ class RunDir:
     def truncate_metrics(self, step: int) -> None:
         """Drops the lines after `step`, so that a resumed run writes the file that an uninterrupted one would."""
         path = self.path / "metrics.jsonl"
-        if not path.exists():
+        if not path.exists() or not self._writes:
             return
         kept: list[str] = []
         for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
@@ -126,7 +134,7 @@ class RunDir:
         if keep_last < 1:
             raise ValueError(f"keep_last must be at least 1, got {keep_last}")
         path = self._write_folder(self.path / "checkpoints" / f"step_{step:06d}", write)
-        for old in self.checkpoints()[:-keep_last]:
+        for old in self.checkpoints()[:-keep_last] if self._writes else []:
             self._discard(old.path)
         return path
 
@@ -146,6 +154,8 @@ class RunDir:
         return self._write_folder(self.path / "samples" / tag, write)
 
     def _write_text(self, name: str, text: str) -> None:
+        if not self._writes:
+            return
         target = self.path / name
         hidden = target.with_name(_HIDDEN + target.name)
         with _explained(self.path):
@@ -161,6 +171,8 @@ class RunDir:
             _sync(self.path)
 
     def _write_folder(self, target: Path, write: Callable[[Path], None]) -> Path:
+        if not self._writes:
+            return target
         hidden = target.with_name(_HIDDEN + target.name)
         with _explained(self.path):
             hidden.mkdir(parents=True)

@@ -1,8 +1,9 @@
 """Images of fixed prompts and seeds: drawn, scored, and written where the report finds them."""
 
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -22,7 +23,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Drawn:
-    """B images with what asked for them and what the rewards said."""
+    """B prompts with what the rewards said of their images, and the images of the first of them, or of all."""
 
     prompts: tuple[Prompt, ...]
     seeds: tuple[int, ...]
@@ -32,6 +33,31 @@ class Drawn:
     def rubric_results(self) -> list[RubricResult]:
         """The `rubric` reward's results, one an image."""
         return [r for r in self.scores.details["rubric"] if isinstance(r, RubricResult)]
+
+    def with_images(self, count: int) -> "Drawn":
+        """The same with the first `count` images only: all of them may be more than one wants to keep or send."""
+        return replace(self, images=Images(self.images.tensor[:count]))
+
+
+def merge(parts: Sequence[Drawn]) -> Drawn:
+    """One from those of several processes, in the order of the seeds."""
+    if len(parts) == 1:
+        return parts[0]
+    seeds = [seed for part in parts for seed in part.seeds]
+    order = sorted(range(len(seeds)), key=seeds.__getitem__)
+    pictured = [seed for part in parts for seed in part.seeds[: len(part.images)]]
+    images = torch.cat([part.images.tensor for part in parts])[torch.tensor(pictured).argsort()]
+    first = parts[0].scores
+    details = {name: [d for part in parts for d in part.scores.details[name]] for name in first.details}
+    unscored = {name: sum((Counter(part.scores.unscored[name]) for part in parts), Counter()) for name in first.names}
+    scores = Scores(
+        names=first.names, values_BK=torch.cat([part.scores.values_BK for part in parts])[order],
+        details={name: tuple(found[i] for i in order) for name, found in details.items()}, unscored=unscored,
+        seconds={name: max(part.scores.seconds[name] for part in parts) for name in first.names},
+    )  # fmt: skip
+    prompts = [prompt for part in parts for prompt in part.prompts]
+    return Drawn(prompts=tuple(prompts[i] for i in order), seeds=tuple(seeds[i] for i in order),
+                 images=Images(images), scores=scores)
 
 
 def draw(

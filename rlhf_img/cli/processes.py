@@ -1,0 +1,75 @@
+"""One command as several processes on this machine."""
+
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+
+
+def started() -> bool:
+    """Whether this is one of several processes already, of ours, torchrun's or accelerate's."""
+    return "WORLD_SIZE" in os.environ
+
+
+def launch(count: int) -> None:
+    """Ends with what this very command gives as `count` processes; of one process, nothing happens.
+
+    If one fails the others are stopped, and the exit code is that of the one that failed first.
+    """
+    if count > 1:
+        sys.exit(_run(count))
+
+
+def _run(count: int) -> int:
+    cores = int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    common = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    common |= {"OMP_NUM_THREADS": str(max(1, cores // count))}
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the others are stopped too
+    running: list[subprocess.Popen[bytes]] = []
+    with ExitStack() as stack:
+        said = [stack.enter_context(tempfile.TemporaryFile()) for _ in range(1, count)]  # by all but the first
+        try:
+            for rank, out in enumerate([None, *said]):
+                environment = {**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+                running.append(subprocess.Popen(
+                    [sys.executable, "-m", "rlhf_img.cli.main", *sys.argv[1:]], env=environment, stdout=out, stderr=out,
+                    preexec_fn=_die_with_parent if sys.platform == "linux" else None,
+                ))  # fmt: skip
+            failed = _wait(running)
+        finally:
+            for process in running:
+                process.terminate()
+            for process in running:
+                process.wait()
+        if failed:
+            said[failed - 1].seek(0)
+            sys.stderr.buffer.write(said[failed - 1].read())
+    return 0 if failed is None else _exit_code(running[failed].returncode)
+
+
+def _die_with_parent() -> None:
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG of <sys/prctl.h>
+
+
+def _wait(running: Sequence["subprocess.Popen[bytes]"]) -> int | None:
+    """The rank that failed first, or None once all are done."""
+    while True:
+        codes = [process.poll() for process in running]
+        if failed := [rank for rank, code in enumerate(codes) if code]:
+            return failed[0]
+        if None not in codes:
+            return None
+        time.sleep(0.1)
+
+
+def _exit_code(code: int) -> int:
+    return code if code > 0 else 128 - code  # killed by a signal: as a shell says it

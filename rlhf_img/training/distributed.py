@@ -1,0 +1,104 @@
+"""Several processes as one run: who does what, and what they tell each other. One process alone needs nothing of it.
+
+Processes are started by `rlhf-img`, torchrun or accelerate, which set the same environment variables. Each samples,
+scores and trains its share of an iteration's prompts, groups kept whole; values and gradients are then made common. The
+first process alone writes files.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from statistics import mean
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from rlhf_img.errors import RlhfImgError
+from rlhf_img.training.rundir import RunDir
+
+T = TypeVar("T")
+_PATIENCE = timedelta(hours=2)
+"""How long a process waits for the others; a judge may be slow, and a dead process is found out sooner."""
+
+
+@contextmanager
+def joined() -> Iterator[None]:
+    """Together with the other processes of the run, if it was started as several."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
+        return
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    dist.init_process_group("cuda:nccl,cpu:gloo" if cuda else "gloo", timeout=_PATIENCE)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def world() -> int:
+    """How many processes the run has."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Which of them this is, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes."""
+    return rank() == 0
+
+
+def share(count: int) -> range:
+    """Which of `count` things are this process's. Raises RlhfImgError if there are too few for each to have one."""
+    if count < world():
+        raise RlhfImgError(f"{count} prompts are too few for {world()} processes: give more, or fewer --processes")
+    return range(rank(), count, world())
+
+
+def gather(value: T) -> list[T]:
+    """The value of every process, by rank."""
+    if world() == 1:
+        return [value]
+    found: list[T] = [value] * world()
+    dist.all_gather_object(found, value)
+    return found
+
+
+def gather_shares(value: Tensor) -> Tensor:
+    """The rows of all processes in the order in which `share` dealt them out."""
+    parts = gather(value)
+    return torch.stack([parts[i % len(parts)][i // len(parts)] for i in range(sum(map(len, parts)))])
+
+
+def joint_metrics(
+    metrics: Mapping[str, float], how: Mapping[str, Callable[[list[float]], float]]
+) -> dict[str, float]:
+    """Each metric over the processes that have it: its mean, unless `how` says sum or max."""
+    every = gather(dict(metrics))
+    found = {name: [one[name] for one in every if name in one] for name in {n: None for one in every for n in one}}
+    return {name: how.get(name, mean)(values) for name, values in found.items()}
+
+
+def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """The gradient of the mean loss over all processes, whose shares are of one size."""
+    if world() > 1:
+        found = [p.grad for p in parameters if p.grad is not None]
+        flat = torch.cat([g.flatten() for g in found])
+        dist.all_reduce(flat)
+        for gradient, part in zip(found, flat.div_(world()).split([g.numel() for g in found]), strict=True):
+            gradient.copy_(part.view_as(gradient))
+
+
+def open_run(path: Path, *, resume: bool) -> RunDir:
+    """The run directory: opened by the first process, see `RunDir.create`, and then followed by the others."""
+    run = RunDir.create(path, resume=resume) if is_first() else RunDir.follow(path)
+    gather(None)  # the others wait here
+    return run
