@@ -23,7 +23,7 @@ class RunConfig:
     """File of training prompts (.txt, .jsonl, .yaml); None: the playground's own."""
     eval_prompts: str | None = None
     """File of held-out prompts; None: the playground's, or a share of `prompts`."""
-    steps: int = 40
+    steps: int = 60
     """Iterations."""
     seed: int = 0
     """Of the adapter, the order of prompts and all noise. Evaluation seeds do not depend on it."""
