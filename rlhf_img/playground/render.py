@@ -5,7 +5,7 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from rlhf_img.playground.scene import BACKGROUNDS, COLORS, SIZE, Scene, Thing
 
-_SCALE = 4
+SCALE = 4
 """Shapes are drawn this many times larger and averaged down, which antialiases them."""
 
 
@@ -14,19 +14,22 @@ def render(scene: Scene, seed: int = 0) -> np.ndarray:
 
     Returns uint8 (64, 64, 3), RGB. `seed` drives only the film grain.
     """
-    side = SIZE * _SCALE
+    side = SIZE * SCALE
     image = Image.new("RGB", (side, side), BACKGROUNDS[scene.background])
     draw = ImageDraw.Draw(image)
     for thing in scene.things:
         _draw_thing(draw, thing)
     if scene.word:
         ink = (20, 20, 20) if scene.background == "white" else (245, 245, 245)
-        y = 10 if scene.word_at_top else SIZE - 10
-        font = ImageFont.load_default(size=18 * _SCALE)
-        draw.text((side / 2, y * _SCALE), scene.word, fill=ink, font=font, anchor="mm", stroke_width=2,
-                  stroke_fill=ink)
+        draw_word(draw, scene.word, 10 if scene.word_at_top else SIZE - 10, ink)
     image = image.resize((SIZE, SIZE), Image.Resampling.BOX)
     return _apply_style(image, scene.style, seed)
+
+
+def draw_word(draw: ImageDraw.ImageDraw, word: str, y: float, ink: tuple[int, int, int] | int) -> None:
+    """Writes a word on a canvas of `SCALE` times the image's side, its middle at `y` px of the image."""
+    font = ImageFont.load_default(size=18 * SCALE)
+    draw.text((SIZE / 2 * SCALE, y * SCALE), word, fill=ink, font=font, anchor="mm", stroke_width=2, stroke_fill=ink)
 
 
 def outline(shape: str, x: float, y: float, radius: float) -> list[tuple[float, float]]:
@@ -54,7 +57,7 @@ def outline(shape: str, x: float, y: float, radius: float) -> list[tuple[float, 
 
 def _draw_thing(draw: ImageDraw.ImageDraw, thing: Thing) -> None:
     corners = outline(thing.shape, thing.x, thing.y, thing.radius)
-    draw.polygon([(x * _SCALE, y * _SCALE) for x, y in corners], fill=COLORS[thing.color])
+    draw.polygon([(x * SCALE, y * SCALE) for x, y in corners], fill=COLORS[thing.color])
 
 
 def _apply_style(image: Image.Image, style: str | None, seed: int) -> np.ndarray:

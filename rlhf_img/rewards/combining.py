@@ -156,7 +156,7 @@ def advantages(
         raise RlhfImgError(f'no way of combining rewards is called "{method}"; {did_you_mean(method, METHODS)}')
     objectives = [k for k, reward in enumerate(rewards) if reward.role == "objective"]
     if not objectives:
-        raise RlhfImgError("every reward of this run is a gate; at least one must be an objective")
+        raise RlhfImgError("no reward of this run is an objective; at least one must be")
     values = rewards_PGK.float()
     gated, gate_metrics = apply_gates(values, rewards, prompt_gates)
     weights = values.new_tensor([rewards[k].weight for k in objectives])

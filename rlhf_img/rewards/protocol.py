@@ -96,7 +96,8 @@ class Reward:
     """A reward and how it takes part.
 
     name: what it is called in specs, metrics and reports. fn: the callable; see `RewardFunction`. range: its lowest and
-    highest value; higher is better. role: an "objective" is normalised and summed, a "gate" caps the objectives.
+    highest value; higher is better. role: an "objective" is normalised and summed, a "gate" caps the objectives, and a
+    "measure" takes no part in training: it belongs into `eval.rewards`.
     group: True if it wants the images of one prompt at once, and no others. weight: of an objective. floor: the
     standard deviation, in the reward's own units, below which differences are taken for noise. below, cap: of a gate;
     where its value is below `below`, every objective is at most at the fraction `cap` of its range.
@@ -106,7 +107,7 @@ class Reward:
     name: str
     fn: RewardFunction
     range: tuple[float, float] = (0.0, 1.0)
-    role: Literal["objective", "gate"] = "objective"
+    role: Literal["objective", "gate", "measure"] = "objective"
     group: bool = False
     weight: float = 1.0
     floor: float = 0.02

@@ -100,8 +100,14 @@ def train(job: Job, run: RunDir, console: Console) -> dict[str, Any]:
 def watched_rewards(rewards: list[Reward], config: RunConfig) -> list[Reward]:
     """What held-out images are measured by: the run's rewards, those of `eval.rewards`, and "rubric".
 
-    Raises RlhfImgError if two of them have one name.
+    Raises RlhfImgError if two of them have one name, or if the run would train on one that only measures.
     """
+    if measure := next((r.name for r in rewards if r.role == "measure"), None):
+        raise RlhfImgError(
+            f"reward {measure} only measures: after a policy was trained on it, it could not tell any more whether the "
+            f"policy is better or has learnt to please it. Give it as eval.rewards={measure}; to train on it all the "
+            f"same, give rewards as a list, with {{reward: {measure}, role: objective}}"
+        )
     measuring = load_rewards(config.eval.rewards) if config.eval.rewards else []
     found = [*rewards, *measuring]
     found += [] if any(r.name == "rubric" for r in found) else load_rewards("rubric")
