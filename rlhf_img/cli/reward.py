@@ -97,6 +97,11 @@ def train_artifact(
         typer.Option(metavar="MODEL", help='Half of the images go through its autoencoder; "none": none do. '
                      '[default: playground; with --images: none]'),
     ] = None,
+    backbone: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="Train a head on this frozen SigLIP, SigLIP 2, DINOv2 or DINOv3 (hub id or "
+                     "folder), not the small network."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of everything; also of which pictures are held out.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from where a run to the same --out stopped.")] = False,
 ) -> None:
@@ -117,7 +122,7 @@ def train_artifact(
     config = ArtifactTraining(seed=seed) if steps is None else ArtifactTraining(seed=seed, steps=steps)
     source = Playground() if images is None else _photographs(images, side, seed)
     through = vae or ("playground" if images is None else "none")
-    card = _fit(out, config, source, through, resume)
+    card = _fit(out, config, source, through, resume, backbone)
     _draw_curve(card["curve"], out.with_suffix(".png"))
     typer.echo(json.dumps(card["heldout"], indent=2))
     typer.echo(f"Wrote {out}, {out.with_suffix('.json')} and {out.with_suffix('.png')}")
@@ -137,7 +142,8 @@ def _photographs(folder: Path, side: int, seed: int) -> "Photographs":
 
 
 def _fit(
-    out: Path, config: "ArtifactTraining", source: "Playground | Photographs", vae: str, resume: bool
+    out: Path, config: "ArtifactTraining", source: "Playground | Photographs", vae: str, resume: bool,
+    backbone: str | None,
 ) -> dict[str, Any]:
     from rich.progress import Progress
 
@@ -150,7 +156,8 @@ def _fit(
         def show(step: int, loss: float) -> None:
             bar.update(task, completed=step, description=f"loss {loss:.3f}")
 
-        return fit(out, config, source=source, resume=resume, clean_transform=through, progress=show)
+        return fit(out, config, source=source, resume=resume, clean_transform=through, backbone=backbone,
+                   progress=show)
 
 
 def _autoencoder(model: str) -> "CleanTransform":

@@ -1,4 +1,4 @@
-"""The defect detector: a small fully convolutional network with one heat map per structural defect class."""
+"""The defect detector: one heat map per structural defect class, of a small network or over a frozen backbone."""
 
 import json
 from dataclasses import dataclass
@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from rlhf_img.errors import RlhfImgError
+from rlhf_img.rewards.backbones import Backbone, open_backbone
 from rlhf_img.rewards.defects import CLASSES
 
 WEIGHTS = Path(__file__).parent / "weights" / "artifact.safetensors"
@@ -22,30 +23,41 @@ _TOP_CELLS = 3
 
 
 class DefectNet(nn.Module):
-    """Images to defect evidence; 0.14M parameters, a receptive field of 91 px, heat maps at a quarter of the size."""
+    """Images to defect evidence: one logit a class in each cell.
 
-    def __init__(self) -> None:
+    Without a backbone: 0.14M parameters, a receptive field of 91 px, cells of 4 x 4 px. With one: a light head over its
+    frozen embeddings, a cell a patch.
+    """
+
+    def __init__(self, backbone: Backbone | None = None) -> None:
         super().__init__()
-        self.features = nn.Sequential(
-            _layer(3, 16),
-            _layer(16, 32, stride=2),
-            _Residual(32),
-            _layer(32, 64, stride=2),
-            _Residual(64),
-            _Residual(64, dilation=2),
-            _Residual(64, dilation=4),
-        )
-        self.head = nn.Conv2d(64, len(CLASSES), 1)
+        self.backbone = backbone
+        if backbone is None:
+            self.features = _small_features()
+            self.head: nn.Module = nn.Conv2d(64, len(CLASSES), 1)
+            last = self.head
+        else:
+            last = nn.Conv2d(64, len(CLASSES), 1)
+            self.head = nn.Sequential(
+                nn.Conv2d(2 * backbone.width, 128, 1), nn.ReLU(), nn.Conv2d(128, 64, 3, padding=1), nn.ReLU(), last
+            )
         # Rare at first: a cell holds a defect of one class about once in a hundred.
-        nn.init.constant_(self.head.bias, -4.0)  # type: ignore[arg-type]
+        nn.init.constant_(last.bias, -4.0)  # type: ignore[arg-type]
         self.scale = nn.Parameter(torch.ones(len(CLASSES)))
         self.bias = nn.Parameter(torch.zeros(len(CLASSES)))
 
     def forward(self, images_B3HW: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B K h w"]:
-        """Defect logits of each class in each cell of 4 x 4 px. Images are RGB in [0, 1]."""
-        x = (images_B3HW * 2 - 1).contiguous(memory_format=torch.channels_last)
-        heat: Tensor = self.head(self.features(x))
+        """Defect logits of each class in each cell. Images are RGB in [0, 1]."""
+        heat: Tensor = self.head(self.embed(images_B3HW))
         return heat
+
+    def embed(self, images_B3HW: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B C h w"]:
+        """What the head sees of each cell: the backbone's embeddings, or the small network's features."""
+        if self.backbone is not None:
+            return self.backbone.features(images_B3HW)
+        x = (images_B3HW * 2 - 1).contiguous(memory_format=torch.channels_last)
+        features: Tensor = self.features(x)
+        return features
 
     def pool(self, heat_BKhw: Float[Tensor, "B K h w"]) -> Float[Tensor, "B K"]:
         """Defect logits of each class for the whole image: its most certain cells, calibrated per class."""
@@ -106,9 +118,22 @@ def load_detector(path: Path = WEIGHTS) -> Detector:
             f"artifact: the weights at {path} know the classes {card['classes']}, this version expects "
             f"{list(CLASSES)}. Train them again with: rlhf-img reward train artifact"
         )
-    net = DefectNet()
+    name = card.get("backbone")
+    net = DefectNet(None if name is None else open_backbone(name))
     net.load_state_dict(load_file(path))
     return Detector(net=net.eval().to(memory_format=torch.channels_last), side=int(card["side"]))  # type: ignore[call-overload]
+
+
+def _small_features() -> nn.Sequential:
+    return nn.Sequential(
+        _layer(3, 16),
+        _layer(16, 32, stride=2),
+        _Residual(32),
+        _layer(32, 64, stride=2),
+        _Residual(64),
+        _Residual(64, dilation=2),
+        _Residual(64, dilation=4),
+    )
 
 
 class _Residual(nn.Module):

@@ -20,6 +20,8 @@ from rlhf_img.playground.render import render
 from rlhf_img.playground.scene import SIZE, STYLES, Scene, Split, sample_scene
 from rlhf_img.rewards.appearance import Look, random_look
 from rlhf_img.rewards.artifact_model import DefectNet, log_p_clean
+from rlhf_img.rewards.backbones import open_backbone
+from rlhf_img.rewards.calibration import calibrate, calibration_error, image_loss
 from rlhf_img.rewards.defects import CLASSES, inject, object_masks
 
 _HELDOUT_SEED = 10_000
@@ -28,6 +30,9 @@ _WATCHED = 140
 
 CleanTransform = Callable[[Tensor], Tensor]
 """Leaves a clean image clean, such as a VAE's reconstruction: (B, 3, H, W) in [0, 1] to the same."""
+
+_CALIBRATED = 280
+"""Pairs on which probabilities are calibrated."""
 
 _VISIBLE_PX = 16
 """A defect that changes fewer pixels clearly, after the look, is not taught: its label would be noise."""
@@ -169,14 +174,9 @@ def detector_loss(
     damaged_B: Bool[Tensor, " B"],
     heat_weight: float,
 ) -> Float[Tensor, " B"]:
-    """Loss of each image: -log P(clean) or -log P(damaged), plus the cross-entropies per class and per cell."""
-    log_clean = log_p_clean(logits_BK)
-    # log(1 - e^x) loses its digits near x = 0 unless written with expm1.
-    log_damaged = torch.log(-torch.expm1(log_clean.clamp(max=-1e-6)))
-    image = -torch.where(damaged_B, log_damaged, log_clean)
-    per_class = F.binary_cross_entropy_with_logits(logits_BK, target_BKhw.amax(dim=(2, 3)), reduction="none").sum(1)
+    """Loss of each image: that of its whole (see `image_loss`), plus the cross-entropies of its cells."""
     per_cell = F.binary_cross_entropy_with_logits(heat_BKhw, target_BKhw, reduction="none").mean(dim=(2, 3)).sum(1)
-    return image + per_class + heat_weight * per_cell
+    return image_loss(logits_BK, target_BKhw.amax(dim=(2, 3)), damaged_B) + heat_weight * per_cell
 
 
 def train_artifact(
@@ -186,19 +186,23 @@ def train_artifact(
     source: PairSource = Playground(),
     resume: bool = False,
     clean_transform: CleanTransform | None = None,
+    backbone: str | None = None,
     progress: Callable[[int, float], None] = lambda step, loss: None,
 ) -> dict[str, Any]:
     """Trains the detector; writes `out` (safetensors) and its card (.json); returns the card.
 
     The same config and source give the same weights on the same machine, whether interrupted and resumed or not: each
-    step's batch depends on the seed and the step only. `progress` is called with the step and its loss. Raises
-    RlhfImgError if the checkpoint to resume is of another config or source.
+    step's batch depends on the seed and the step only. backbone: a model of `open_backbone` to put a head on; None: the
+    small network is trained from nothing. At the end the probabilities are calibrated on pairs of split "val", of which
+    the playground has other scenes than of "heldout", and photographs other crops. `progress` is called with the step
+    and its loss. Raises RlhfImgError if the checkpoint to resume is of another config or source.
     """
     checkpoint = out.with_suffix(".resume.pt")
     settings = {**asdict(config), "side": source.side, "pictures": source.fingerprint,
-                "autoencoder": clean_transform is not None}
+                "autoencoder": clean_transform is not None, "backbone": backbone}
+    tower = None if backbone is None else open_backbone(backbone)
     torch.manual_seed(config.seed)
-    net = DefectNet().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    net = DefectNet(tower).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.AdamW(net.parameters(), lr=config.lr, weight_decay=config.weight_decay)
     start, curve = _restore(checkpoint, settings, net, optimizer) if resume else (0, [])
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -218,13 +222,28 @@ def train_artifact(
                      "settings": settings, "curve": curve}
             torch.save(state, checkpoint.with_suffix(".part"))
             os.replace(checkpoint.with_suffix(".part"), checkpoint)
-    card = {"classes": list(CLASSES), "side": source.side, "config": asdict(config), "pictures": source.card(),
+    _calibrate(net.eval(), source, clean_transform)
+    card = {"classes": list(CLASSES), "side": source.side, "backbone": backbone, "config": asdict(config),
+            "pictures": source.card(),
             "vae_reconstructions": clean_transform is not None, "torch": torch.__version__,
             "heldout": evaluate(net.eval(), source=source, transform=clean_transform), "curve": curve}
     save_file({k: v.contiguous() for k, v in net.state_dict().items()}, out)
     out.with_suffix(".json").write_text(json.dumps(card, indent=2) + "\n")
     checkpoint.unlink(missing_ok=True)
     return card
+
+
+@torch.no_grad()
+def _calibrate(net: DefectNet, source: PairSource, transform: CleanTransform | None) -> None:
+    pairs = source.pairs(_CALIBRATED, split="val", seed=(_HELDOUT_SEED, 3), transform=transform)
+    shown = pairs.visible_B
+    images = torch.cat([pairs.clean_B3HW, pairs.damaged_B3HW[shown]])
+    heat = torch.cat([net(part) for part in images.split(56)])
+    damaged = torch.arange(len(images)) >= len(pairs.clean_B3HW)
+    target = torch.zeros(len(images), len(CLASSES))
+    target[damaged] = F.one_hot(pairs.class_B[shown], len(CLASSES)).float()
+    with torch.enable_grad():
+        calibrate(net, heat, target, damaged)
 
 
 def _step(
@@ -241,7 +260,7 @@ def _step(
     with torch.autocast("cpu", dtype=torch.bfloat16):
         heat = net(images)
     heat = heat.float()
-    cells = F.max_pool2d(pairs.mask_BHW[:, None].float(), images.shape[-1] // heat.shape[-1])
+    cells = _cells(pairs.mask_BHW, heat)
     target = torch.zeros_like(heat)
     target[damaged] = F.one_hot(pairs.class_B, len(CLASSES))[..., None, None] * cells
     loss = detector_loss(heat, net.pool(heat), target, damaged, config.heat_weight)
@@ -270,7 +289,8 @@ def evaluate(
     n: pairs; by default 1022 of 64 px, and fewer of larger images. Returns AUC over all and per class, the share of
     damaged images found at the threshold that takes 5 % of the clean ones for damaged, the share of clean images of
     each style taken for damaged at the thresholds that find 90 % and 95 % of the damaged ones, mean P(clean), and how
-    often the hottest cell of a damaged image lies on its damage or beside it (and how often any cell does).
+    often the hottest cell of a damaged image lies on its damage or beside it (and how often any cell does), and the
+    expected calibration error of P(damaged).
     """
     n = max(140, 1022 * SIZE**2 // source.side**2) if n is None else n
     pairs = source.pairs(n, split="heldout", seed=(seed,), transform=transform)
@@ -285,6 +305,7 @@ def evaluate(
         return {name: float((values >= threshold).float().mean()) for name, values in scores.items()}
 
     at_5 = torch.quantile(clean, 0.95)
+    broken = torch.arange(len(clean) + len(damaged)) >= len(clean)
     hits, by_chance = _heat_hits(heat_Bhw, pairs.mask_BHW[visible])
     return {
         "images": {"clean": n, "damaged": len(damaged), "styled": n // 2},
@@ -293,6 +314,7 @@ def evaluate(
         "recall_at_5_false_positives": float((damaged > at_5).float().mean()),
         "recall_at_5_false_positives_per_class": _per_class(
             lambda chosen: float((damaged[chosen] > at_5).float().mean()), kinds),
+        "calibration_error": calibration_error(1 - torch.exp(-torch.cat([clean, damaged])), broken),
         "false_positives_at_90_recall": false_positives(0.9),
         "false_positives_at_95_recall": false_positives(0.95),
         "mean_reward": {"clean": float(torch.exp(-clean).mean()), "damaged": float(torch.exp(-damaged).mean()),
@@ -309,10 +331,15 @@ def _per_class(measure: Callable[[Tensor], float], kinds: Tensor) -> dict[str, f
 
 def _heat_hits(heat_Bhw: Tensor, mask_BHW: Tensor) -> tuple[Tensor, float]:
     """Whether the hottest cell of each image lies within one cell of its mask, and the share of cells that do."""
-    cells = F.max_pool2d(mask_BHW[:, None].float(), mask_BHW.shape[-1] // heat_Bhw.shape[-1])
+    cells = _cells(mask_BHW, heat_Bhw)
     near = F.max_pool2d(cells, 3, stride=1, padding=1).flatten(1) > 0
     hottest = heat_Bhw.flatten(1).argmax(dim=1, keepdim=True)
     return near.gather(1, hottest)[:, 0], float(near.float().mean())
+
+
+def _cells(mask_BHW: Tensor, heat: Tensor) -> Tensor:
+    """Which cells of heat maps (..., h, w) a mask touches: float (B, 1, h, w)."""
+    return F.adaptive_max_pool2d(mask_BHW[:, None].float(), heat.shape[-2:])
 
 
 def auc(positive_N: Float[Tensor, " N"], negative_M: Float[Tensor, " M"]) -> float:

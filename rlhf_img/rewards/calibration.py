@@ -1,0 +1,60 @@
+"""From evidence to probabilities: the loss they are fitted by, the fit on held-out pairs, and how far off they are."""
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from rlhf_img.rewards.artifact_model import log_p_clean
+
+if TYPE_CHECKING:
+    from rlhf_img.rewards.artifact_model import DefectNet
+
+
+def image_loss(
+    logits_BK: Float[Tensor, "B K"], target_BK: Float[Tensor, "B K"], damaged_B: Bool[Tensor, " B"]
+) -> Float[Tensor, " B"]:
+    """-log P(clean) or -log P(damaged) of each image, plus the cross-entropies of its classes."""
+    log_clean = log_p_clean(logits_BK)
+    # log(1 - e^x) loses its digits near x = 0 unless written with expm1.
+    log_damaged = torch.log(-torch.expm1(log_clean.clamp(max=-1e-6)))
+    image = -torch.where(damaged_B, log_damaged, log_clean)
+    return image + F.binary_cross_entropy_with_logits(logits_BK, target_BK, reduction="none").sum(1)
+
+
+def calibrate(
+    net: "DefectNet", heat_BKhw: Float[Tensor, "B K h w"], target_BK: Float[Tensor, "B K"],
+    damaged_B: Bool[Tensor, " B"],
+) -> None:  # fmt: skip
+    """Fits the net's scale and bias of each class (Platt scaling) to images it was not trained on, in place.
+
+    Source: Platt 1999, "Probabilistic outputs for support vector machines".
+    """
+    fitted = [net.scale, net.bias]
+    optimizer = torch.optim.LBFGS(fitted, max_iter=100, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        # A scale must stay positive, and a class without examples where it was: hence the weak pull.
+        pull = 1e-3 * (net.scale - 1).square().sum() + 1e-3 * net.bias.square().sum()
+        loss = image_loss(net.pool(heat_BKhw), target_BK, damaged_B).mean() + pull
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    optimizer.zero_grad()
+
+
+def calibration_error(p_N: Float[Tensor, " N"], happened_N: Bool[Tensor, " N"], bins: int = 15) -> float:
+    """Expected calibration error: over bins of equal width, mean |share that happened - mean probability|, by size.
+
+    0 is calibrated. Source: Guo et al. 2017, arXiv:1706.04599.
+
+    >>> calibration_error(torch.tensor([0.9, 0.9, 0.1]), torch.tensor([True, False, False]))
+    0.3
+    """
+    place = (p_N * bins).long().clamp(max=bins - 1)
+    gap = torch.zeros(bins, dtype=torch.float64).index_add(0, place, happened_N.double() - p_N.double())
+    return round(float(gap.abs().sum() / len(p_N)), 6)
