@@ -65,7 +65,7 @@ class Backbone:
         """
         side = self.grid * self.patch
         smooth = {} if self.resample == "nearest-exact" else {"antialias": True, "align_corners": False}
-        x = F.interpolate(images_B3HW.float(), size=(side, side), mode=self.resample, **smooth)  # type: ignore[arg-type]
+        x = F.interpolate(images_B3HW.float(), size=(side, side), mode=self.resample, **smooth)
         x = x.clamp(0, 1).mul(255).round().div(255)  # Pillow's results are 8-bit
         x = (x - x.new_tensor(self.mean)[:, None, None]) / x.new_tensor(self.std)[:, None, None]
         if not self.flat:
