@@ -6,7 +6,7 @@ from pathlib import Path
 
 from diffusers import Krea2Pipeline
 from peft import get_peft_model_state_dict
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 from rlhf_img.errors import RlhfImgError
 from rlhf_img.model.loading import Model
@@ -35,6 +35,13 @@ def save_lora(model: Model, role: str, folder: str | Path) -> Path:
     except OSError as error:
         raise RlhfImgError(f'could not write the LoRA to "{folder}": {error}; give a writable folder') from error
     return folder / LORA_FILE
+
+
+def has_alpha(folder: str | Path) -> bool:
+    """Whether the LoRA in `folder` says how it is scaled: in its metadata, or layer by layer."""
+    with safe_open(Path(folder) / LORA_FILE, framework="pt") as file:
+        keys, metadata = file.keys(), file.metadata() or {}
+        return "lora_alpha" in metadata.get("lora_adapter_metadata", "") or any(k.endswith(".alpha") for k in keys)
 
 
 def load_lora(model: Model, folder: str | Path, role: str) -> None:

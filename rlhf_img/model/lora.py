@@ -1,5 +1,6 @@
 """Roles (policy, student, critic, ...) as LoRA adapters over one frozen base; the reference is the base itself."""
 
+import copy
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -54,6 +55,22 @@ def add_role(
         if key.endswith("lora_A"):
             nn.init.kaiming_uniform_(value, a=5**0.5, generator=generator)
         parameter.data.copy_(value)
+
+
+def copy_role(transformer: Krea2Transformer2DModel, source: str, name: str) -> None:
+    """Add the adapter `name` with the size, layers and values of `source`, without making it the active one.
+
+    The two act alike to the bit until one is trained. Raises RlhfImgError for an unknown source or a name in use.
+    """
+    values = role_parameters(transformer, source)
+    if not name.isidentifier() or name in roles(transformer):
+        raise RlhfImgError(f'a role needs a new name of letters, digits and underscores; got "{name}"')
+    config = copy.deepcopy(transformer.peft_config[source])
+    with keep_state(transformer), torch.random.fork_rng(devices=[]):
+        transformer.add_adapter(config, adapter_name=name)
+    adopt(transformer, name)
+    for key, parameter in role_parameters(transformer, name).items():
+        parameter.data.copy_(values[key])
 
 
 def adopt(transformer: Krea2Transformer2DModel, name: str) -> None:

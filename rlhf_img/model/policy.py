@@ -10,7 +10,7 @@ import torch
 from diffusers import Krea2Transformer2DModel
 from torch import Tensor, nn
 
-from rlhf_img.model.lora import TARGETS, TIME_TARGETS, add_role, role, role_parameters
+from rlhf_img.model.lora import TARGETS, TIME_TARGETS, add_role, copy_role, role, role_parameters
 
 POLICY = "policy"
 
@@ -37,11 +37,15 @@ class Policy:
     """Exponential moving average of `parameters`: what is evaluated and exported."""
     frozen: Krea2Transformer2DModel | None
     """The reference of full fine-tuning: a copy of the base. With LoRA the base itself is the reference."""
+    name: str = POLICY
+    """The adapter that it is."""
+    start: str | None = None
+    """The adapter that it began as, and that is its reference; None: the base."""
 
     @contextmanager
     def acting(self) -> Iterator[Krea2Transformer2DModel]:
         """The transformer as the policy."""
-        with role(self.transformer, None if self.frozen else POLICY):
+        with role(self.transformer, None if self.frozen else self.name):
             yield self.transformer
 
     @contextmanager
@@ -51,7 +55,7 @@ class Policy:
             if self.frozen is not None:
                 yield self.frozen
             else:
-                with role(self.transformer, None):
+                with role(self.transformer, self.start):
                     yield self.transformer
 
     @contextmanager
@@ -87,5 +91,23 @@ def make_policy(transformer: Krea2Transformer2DModel, lora: LoRAConfig | None, s
     else:
         add_role(transformer, POLICY, rank=lora.rank, alpha=lora.alpha, targets=lora.targets, seed=seed)
         parameters = role_parameters(transformer, POLICY)
-    average = {name: p.detach().clone() for name, p in parameters.items()}
-    return Policy(transformer, parameters, average, frozen)
+    return Policy(transformer, parameters, _copied(parameters), frozen)
+
+
+def make_role(
+    transformer: Krea2Transformer2DModel, name: str, lora: LoRAConfig, seed: int, *, start: str | None
+) -> Policy:
+    """A LoRA policy called `name` that equals the adapter `start`, or with None the base, at first and to the bit.
+
+    With a `start` it has that adapter's size and layers, whatever `lora` says.
+    """
+    if start is None:
+        add_role(transformer, name, rank=lora.rank, alpha=lora.alpha, targets=lora.targets, seed=seed)
+    else:
+        copy_role(transformer, start, name)
+    parameters = role_parameters(transformer, name)
+    return Policy(transformer, parameters, _copied(parameters), None, name, start)
+
+
+def _copied(parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in parameters.items()}

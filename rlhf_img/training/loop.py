@@ -23,10 +23,10 @@ from rlhf_img.rewards import Reward, load_rewards
 from rlhf_img.training import distributed
 from rlhf_img.training import prompts as prompt_room
 from rlhf_img.training.config import RunConfig
-from rlhf_img.training.evaluate import EVAL_SEED, Evaluation, compare, evaluate, summarise
+from rlhf_img.training.evaluate import EVAL_SEED, EvalConfig, Evaluation, compare, evaluate, summarise
 from rlhf_img.training.prompts import Prompt
 from rlhf_img.training.rundir import RunDir
-from rlhf_img.training.samples import draw, write_samples
+from rlhf_img.training.samples import Drawn, draw, write_samples
 from rlhf_img.training.state import Trained, load_state, save_state
 from rlhf_img.training.trackers import NONE, Tracker, check_name
 
@@ -47,6 +47,8 @@ class Job:
     heldout_prompts: list[Prompt]
     iterate: Callable[[int], dict[str, float]]
     """Trains one iteration, counted from 1, and returns its flat metrics."""
+    card: Callable[[Drawn, Evaluation, Console], dict[str, Any]] | None = None
+    """What else is measured once training is done, given what "after" drew and scored: written to card.json."""
 
     @property
     def policy(self) -> Policy:
@@ -83,7 +85,7 @@ def train(job: Job, run: RunDir, console: Console) -> dict[str, Any]:
             if sampled and distributed.is_first():
                 _save_samples(job, run, f"step_{step:06d}")
     with job.policy.averaged():
-        after, drawn = _evaluate(job, console, "measuring after")
+        after, drawn = measured(job, console, "measuring after")
         run.save_samples("after", lambda folder: write_samples(folder, drawn, config.samples))
         if not config.full and distributed.is_first():
             save_lora(job.model, POLICY, run.path / "lora")
@@ -94,6 +96,8 @@ def train(job: Job, run: RunDir, console: Console) -> dict[str, Any]:
         "difference": compare(before, after),
     }  # fmt: skip
     run.write_json("eval.json", result)
+    if job.card is not None:
+        run.write_json("card.json", job.card(drawn, after, console))
     return result
 
 
@@ -164,18 +168,22 @@ def _evaluate_before(job: Job, run: RunDir, console: Console) -> Evaluation:
     if distributed.gather(file.exists())[0]:
         return Evaluation(**json.loads(file.read_text()))
     with job.policy.acting():
-        before, drawn = _evaluate(job, console, "measuring before")
+        before, drawn = measured(job, console, "measuring before")
     run.save_samples("before", lambda folder: write_samples(folder, drawn, job.config.samples))
     run.write_json(file.name, dataclasses.asdict(before))
     return before
 
 
-def _evaluate(job: Job, console: Console, title: str) -> Any:
+def measured(
+    job: Job, console: Console, title: str, *, model: Model | None = None, settings: EvalConfig | None = None
+) -> tuple[Evaluation, Drawn]:
+    """The held-out evaluation of the role that is active, with a progress bar; as the run says if not told otherwise."""
     with _progress(console) as progress:
         task: TaskID = progress.add_task(title, total=None, note="")
         return evaluate(
-            job.model, job.conditioner, job.watched, job.heldout_prompts, job.config.eval,
-            lambda done, total: progress.update(task, completed=done, total=total), job.config.samples,
+            model or job.model, job.conditioner, job.watched, job.heldout_prompts, settings or job.config.eval,
+            lambda done, total: progress.update(task, completed=done, total=total),
+            job.config.samples if job.card is None else None,
         )  # fmt: skip
 
 

@@ -37,5 +37,10 @@ def diversity(images_PG3HW: Float[Tensor, "P G 3 H W"]) -> Float[Tensor, " P"]:
     """
     p, g = images_PG3HW.shape[:2]
     small = torch.nn.functional.adaptive_avg_pool2d(images_PG3HW.float().flatten(0, 1), 8).reshape(p, g, -1)
-    distance = torch.cdist(small, small) / small.shape[2] ** 0.5
-    return distance.sum((1, 2)) / (g * (g - 1))
+    apart = torch.cdist(small, small) / small.shape[2] ** 0.5
+    return apart.sum((1, 2)) / (g * (g - 1))
+
+
+def distance(one_B3HW: Float[Tensor, "B 3 H W"], other_B3HW: Float[Tensor, "B 3 H W"]) -> Float[Tensor, " B"]:
+    """Between images in pairs, as `diversity` measures it."""
+    return diversity(torch.stack([one_B3HW, other_B3HW], 1))

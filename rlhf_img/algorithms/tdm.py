@@ -1,0 +1,360 @@
+"""TDM: distil a guided flow model into a student of few steps without guidance, from prompts alone.
+
+Trajectory Distribution Matching (arXiv 2503.06674) for a flow x_t = (1 - t) x0 + t eps, v = eps - x0. The student walks
+the grid 1 = s_0 > ... > s_K = 0 of the sampler that ships, by Euler steps. In each stage k, what it lands on,
+
+    x_s = x_{s_k} + (s_{k+1} - s_k) v_student,  noised forward to x_tau = a x_s + b n  with s = s_{k+1} < tau < s_k,
+    a = (1 - tau) / (1 - s),  b^2 = tau^2 - a^2 s^2,
+
+shall be distributed as the teacher's flow is at tau (a reverse KL). Its gradient is the difference of two scores at
+x_tau: the teacher's, and that of the student's own law, which a second network, the critic, learns as it moves.
+With x0 = x_{s_k} - s_k v_student, the one term of a stage that is evaluated with a graph, and x0_m = x_tau - tau v_m,
+
+    student:  mean |x0 - stop(x0 + DM + CA)|^2 / norm,    DM = x0_teacher - x0_critic,
+              CA = g (x0_teacher - x0_teacher(empty prompt)),    norm = mean |x0 - (x0_teacher + CA)| of an image
+    critic:   w mean |v_critic(x_tau, tau) - v*|^2
+
+Stages do not overlap, so tau says which stage's law is meant and one critic serves all. What v* is regressed on:
+
+    ambient  -x_s / (1 - s) + c n, c = (tau + (1 - tau) s^2 / (1 - s)^2) / b: exact for any law of x_s, as in RTDMD and
+             LightX2V's phased DMD (code). Its variance grows as s -> 1, and w is its inverse where x0 has variance 1.
+    tdm_x0   (x_tau - x0) / tau, the published target. Exact at s = 0; above, only if x0 and the noise that is left in
+             x_s are independent. Less variance.
+    dmd      n - x0 with x_tau = (1 - tau) x0 + tau n (DMD2, arXiv 2405.14867): exact, but for x0, not for x_s; student
+             and critic then both see this x_tau.
+
+g is Krea's, v + g (v - v_empty): the published scale is w = 1 + g. Student, critic and teacher are roles over one base.
+
+Left out: the published importance weight (tempered by the number of dimensions it stays within a few per cent of 1),
+landing between grid points, conditioning on the number of steps (it would add weights that a stock pipeline drops).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from rlhf_img.algorithms.rollout import require
+from rlhf_img.model.conditioning import Conditioner
+from rlhf_img.model.flow import euler_step, sigmas
+from rlhf_img.model.forward import by_length, velocity
+from rlhf_img.model.loading import Model
+from rlhf_img.model.policy import Policy
+from rlhf_img.model.sampling import in_parts, initial_noise
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TDMConfig:
+    """Settings of TDM."""
+
+    prompts: int = 32
+    """Prompts an iteration."""
+    images: int = 2
+    """Images of each of them; they share a forward."""
+    num_steps: int = 8
+    """K, the student's steps. It is made for this number alone."""
+    guidance: float = 2.0
+    """Krea's g of the teacher, which the student learns to do without; the common scale w is 1 + g."""
+    critic_target: Literal["ambient", "tdm_x0", "dmd"] = "ambient"
+    """What the critic learns: the exact score of what the student lands on, or one of two published stand-ins."""
+    critic_updates: int = 2
+    """Optimiser steps of the critic an iteration, each on stages and noise of its own; the student takes one."""
+    loss: Literal["mse", "huber"] = "mse"
+    """Squared error, or pseudo-Huber, which pays linearly for what is far off."""
+    huber_c: float = 1e-3
+    """huber: the error of an element at which it turns from square to linear."""
+    margin: float = 0.02
+    """How far tau stays from both ends of its stage, as a share of the stage's width."""
+    norm_floor: float = 1e-3
+    """Least value of the normaliser."""
+    lr: float = 5e-4
+    """The student's learning rate (AdamW) at the start; both fall linearly to 0 over the run."""
+    critic_lr: float = 1e-3
+    """The critic's."""
+    weight_decay: float = 1e-4
+    max_grad_norm: float = 1.0
+    """Gradients of each are clipped to this norm."""
+    ema: float = 0.95
+    """Decay, an iteration, of the student's averaged weights."""
+    batch_size: int = 64
+    """Images a forward, at most."""
+
+    def __post_init__(self) -> None:
+        """Raises RlhfImgError for values that cannot work together."""
+        counts = (self.prompts, self.images, self.num_steps, self.critic_updates, self.batch_size)
+        require(
+            {
+                "tdm.prompts, tdm.images, tdm.num_steps, tdm.critic_updates and tdm.batch_size must be 1 or more":
+                    min(counts) >= 1,
+                "tdm.guidance is Krea's g, 0 (off) or more; the common scale w is 1 + g": self.guidance >= 0,
+                "tdm.margin is a share of a stage at each end, above 0 and below 0.5": 0 < self.margin < 0.5,
+                "tdm.lr, tdm.critic_lr, tdm.norm_floor and tdm.huber_c must be above 0":
+                    min(self.lr, self.critic_lr, self.norm_floor, self.huber_c) > 0,
+                "tdm.ema must lie between 0 and 1, 1 excluded": 0 <= self.ema < 1,
+            },
+            self,
+        )  # fmt: skip
+
+
+def student_grid(model: Model, num_steps: int) -> Float[Tensor, "{num_steps}+1"]:
+    """The noise levels that a distilled model is sampled at: the stock pipeline's for `is_distilled=True`."""
+    rows, columns = model.grid(model.default_size, model.default_size)
+    return sigmas(num_steps, rows * columns, model.scheduler.config, is_distilled=True)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stages:
+    """For each image its stage, from the noise level `start` down to `end`, and a level tau inside it."""
+
+    index_B: Int[Tensor, " B"]
+    start_B: Float[Tensor, " B"]
+    end_B: Float[Tensor, " B"]
+    tau_B: Float[Tensor, " B"]
+
+
+def draw_stages(levels_S: Float[Tensor, " S"], count: int, margin: float, generator: torch.Generator) -> Stages:
+    """Stages of equal chance, and tau uniform in each but for `margin` of its width at both ends."""
+    index_B = torch.randint(len(levels_S) - 1, (count,), generator=generator)
+    share_B = margin + (1 - 2 * margin) * torch.rand(count, generator=generator)
+    start_B, end_B = levels_S[index_B], levels_S[index_B + 1]
+    return Stages(index_B=index_B, start_B=start_B, end_B=end_B, tau_B=end_B + (start_B - end_B) * share_B)
+
+
+def renoise_coefficients(
+    s_B: Float[Tensor, " B"], tau_B: Float[Tensor, " B"]
+) -> tuple[Float[Tensor, " B"], Float[Tensor, " B"]]:
+    """a and b of x_tau = a x_s + b n, for s < tau; b^2 as a product, which loses no digits where the two are close."""
+    a_B = (1 - tau_B) / (1 - s_B)
+    return a_B, ((tau_B - s_B) / (1 - s_B) * (tau_B + a_B * s_B)).sqrt()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Landing:
+    """What the student arrives at in its stage: x at the stage's end, and the clean image it predicts."""
+
+    x_BNC: Float[Tensor, "B N C"]
+    x0_BNC: Float[Tensor, "B N C"]
+
+
+def land(x_BNC: Float[Tensor, "B N C"], v_BNC: Float[Tensor, "B N C"], stages: Stages) -> Landing:
+    """One Euler step from the stage's start to its end, and one to 0."""
+    start, end = _wide(stages.start_B, x_BNC), _wide(stages.end_B, x_BNC)
+    return Landing(x_BNC=x_BNC + (end - start) * v_BNC, x0_BNC=x_BNC - start * v_BNC)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Noised:
+    """A landing noised forward to tau, and what the critic regresses on there."""
+
+    x_BNC: Float[Tensor, "B N C"]
+    target_BNC: Float[Tensor, "B N C"]
+    """Its expectation, given x, is the velocity of the law that x is drawn from, as far as the target is exact."""
+    weight_B: Float[Tensor, " B"]
+
+
+def ambient(landing: Landing, stages: Stages, noise_BNC: Float[Tensor, "B N C"]) -> Noised:
+    """The exact target for x_s noised to tau, whatever the law of x_s."""
+    s, tau = stages.end_B, stages.tau_B
+    a, b = renoise_coefficients(s, tau)
+    c = (tau + (1 - tau) * s**2 / (1 - s) ** 2) / b
+    spread = (1 - s) ** 2 + s**2  # the variance of x_s where x0 has variance 1
+    weight_B = (b * (1 - s) / tau) ** 2 * (a**2 * spread + b**2) / spread
+    x = _wide(a, noise_BNC) * landing.x_BNC + _wide(b, noise_BNC) * noise_BNC
+    target = _wide(c, noise_BNC) * noise_BNC - landing.x_BNC / _wide(1 - s, noise_BNC)
+    return Noised(x_BNC=x, target_BNC=target, weight_B=weight_B.to(noise_BNC.device))
+
+
+def tdm_x0(landing: Landing, stages: Stages, noise_BNC: Float[Tensor, "B N C"]) -> Noised:
+    """The published target: the student's own prediction of the clean image, seen from x_tau."""
+    a, b = renoise_coefficients(stages.end_B, stages.tau_B)
+    x = _wide(a, noise_BNC) * landing.x_BNC + _wide(b, noise_BNC) * noise_BNC
+    target = (x - landing.x0_BNC) / _wide(stages.tau_B, noise_BNC)
+    return Noised(x_BNC=x, target_BNC=target, weight_B=torch.ones(len(x), device=x.device))
+
+
+def dmd(landing: Landing, stages: Stages, noise_BNC: Float[Tensor, "B N C"]) -> Noised:
+    """Flow matching on the predicted clean image, noised from 0 to tau."""
+    x = torch.lerp(landing.x0_BNC, noise_BNC, _wide(stages.tau_B, noise_BNC))
+    weight_B = torch.ones(len(x), device=x.device)
+    return Noised(x_BNC=x, target_BNC=noise_BNC - landing.x0_BNC, weight_B=weight_B)
+
+
+CRITIC_TARGETS: Mapping[str, Callable[[Landing, Stages, Tensor], Noised]] = {
+    "ambient": ambient, "tdm_x0": tdm_x0, "dmd": dmd,
+}  # fmt: skip
+"""By `TDMConfig.critic_target`."""
+
+
+def critic_loss(v_BNC: Float[Tensor, "B N C"], noised: Noised) -> Float[Tensor, " B"]:
+    """w mean |v - v*|^2, per sample."""
+    return noised.weight_B * (v_BNC - noised.target_BNC).square().flatten(1).mean(1)
+
+
+def student_loss(
+    x0_BNC: Float[Tensor, "B N C"], x_tau_BNC: Float[Tensor, "B N C"], tau_B: Float[Tensor, " B"],
+    v_teacher_BNC: Float[Tensor, "B N C"], v_empty_BNC: Float[Tensor, "B N C"], v_critic_BNC: Float[Tensor, "B N C"],
+    config: TDMConfig,
+) -> tuple[Float[Tensor, " B"], dict[str, Float[Tensor, " B"]]]:  # fmt: skip
+    """Loss per sample, of which `x0` alone carries a gradient, and per-sample metrics without one.
+
+    Args:
+        x0_BNC: the clean image that the student predicts from its stage's start.
+        x_tau_BNC, tau_B: its landing, noised, and the level.
+        v_teacher_BNC, v_empty_BNC, v_critic_BNC: velocities there, of the teacher with the prompt and with the empty
+            one, unguided, and of the critic. `v_empty` is not used where guidance is 0.
+
+    Metrics: `loss`, `dm` and `guidance`, the root mean squares of the two terms, and `norm`.
+    """
+    tau, x0 = _wide(tau_B, x0_BNC), x0_BNC.float()
+    with torch.no_grad():
+        teacher = x_tau_BNC.float() - tau * v_teacher_BNC.float()
+        dm = tau * (v_critic_BNC.float() - v_teacher_BNC.float())
+        ca = config.guidance * tau * (v_empty_BNC.float() - v_teacher_BNC.float())
+        norm_B = (x0 - teacher - ca).abs().flatten(1).mean(1).clamp_min(config.norm_floor)
+        target = x0 + dm + ca
+    error = x0 - target
+    if config.loss == "huber":
+        cost = (error.square() + config.huber_c**2).sqrt() - config.huber_c
+    else:
+        cost = error.square()
+    loss_B = cost.flatten(1).mean(1) / norm_B
+    return loss_B, {"loss": loss_B.detach(), "dm": _rms(dm), "guidance": _rms(ca), "norm": norm_B}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Batch:
+    """Images of one prompt length, at every level of the student's way from noise to image."""
+
+    text_BLD: Tensor
+    states_SBNC: Tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rollout:
+    """What an iteration sampled with the student."""
+
+    batches: list[Batch]
+    levels_S: Tensor
+    grid: tuple[int, int]
+    empty_LD: Tensor
+    """Text of the empty prompt, for guidance."""
+
+    @property
+    def count(self) -> int:
+        return sum(len(batch.text_BLD) for batch in self.batches)
+
+
+@torch.no_grad()
+def rollout(
+    model: Model, student: Policy, conditioner: Conditioner, prompts: Sequence[str], config: TDMConfig, seed: int
+) -> Rollout:
+    """The student's way from noise, as it will be sampled. The same arguments and weights give the same bits."""
+    levels = student_grid(model, config.num_steps)
+    grid = model.grid(model.default_size, model.default_size)
+    texts = [text for text in conditioner.encode(prompts) for _ in range(config.images)]
+    noise_BNC = initial_noise(model, [seed + i for i in range(len(texts))], model.default_size, model.default_size)
+    batches = []
+    with student.acting() as transformer:
+        for places, texts_BLD in by_length(texts):
+            parts = zip(in_parts(places, config.batch_size), texts_BLD.split(config.batch_size), strict=True)
+            for rows, text_BLD in parts:
+                states = [noise_BNC[rows]]
+                for sigma, s, s_next in zip(levels, levels.tolist(), levels.tolist()[1:], strict=False):
+                    v = velocity(transformer, states[-1], sigma, text_BLD, grid)
+                    states.append(euler_step(states[-1], v, s, s_next))
+                batches.append(Batch(text_BLD=text_BLD, states_SBNC=torch.stack(states)))
+    (empty_LD,) = conditioner.encode([""])
+    return Rollout(batches=batches, levels_S=levels, grid=grid, empty_LD=empty_LD)
+
+
+def train_critic(
+    critic: Policy, optimizer: torch.optim.Optimizer, sampled: Rollout, config: TDMConfig, generator: torch.Generator
+) -> dict[str, float]:
+    """One optimiser step of the critic on stages of the rollout, which is already all that the student says of them.
+
+    Returns `critic/loss` and `critic/grad_norm`. Raises FloatingPointError before a step that is not finite.
+    """
+    total = 0.0
+    optimizer.zero_grad(set_to_none=True)
+    for batch in sampled.batches:
+        stages = draw_stages(sampled.levels_S, len(batch.text_BLD), config.margin, generator)
+        rows = torch.arange(len(batch.text_BLD))
+        x, x_next = batch.states_SBNC[stages.index_B, rows], batch.states_SBNC[stages.index_B + 1, rows]
+        taken = (x_next - x) / _wide(stages.end_B - stages.start_B, x)
+        noised = CRITIC_TARGETS[config.critic_target](land(x, taken, stages), stages, _noise(x, generator))
+        with critic.acting() as transformer:
+            v = velocity(transformer, noised.x_BNC, stages.tau_B, batch.text_BLD, sampled.grid)
+            loss = critic_loss(v, noised).sum() / sampled.count
+            loss.backward()
+        total += float(loss.detach())
+    norm = _step(critic, optimizer, config.max_grad_norm)
+    return {"critic/loss": total, "critic/grad_norm": norm}
+
+
+def train_student(
+    student: Policy, critic: Policy, optimizer: torch.optim.Optimizer, sampled: Rollout, config: TDMConfig,
+    generator: torch.Generator,
+) -> dict[str, float]:  # fmt: skip
+    """One optimiser step of the student; of each image one stage is evaluated again, with gradients.
+
+    Returns `loss`, `grad_norm` and the root mean squares `dm` and `guidance` of the two terms, with `norm`.
+    Raises FloatingPointError before a step that is not finite.
+    """
+    totals: dict[str, float] = {}
+    optimizer.zero_grad(set_to_none=True)
+    for batch in sampled.batches:
+        stages = draw_stages(sampled.levels_S, len(batch.text_BLD), config.margin, generator)
+        x = batch.states_SBNC[stages.index_B, torch.arange(len(batch.text_BLD))]
+        noise = _noise(x, generator)
+        with student.acting() as transformer:
+            landing = land(x, velocity(transformer, x, stages.start_B, batch.text_BLD, sampled.grid), stages)
+            detached = Landing(x_BNC=landing.x_BNC.detach(), x0_BNC=landing.x0_BNC.detach())
+            seen = CRITIC_TARGETS[config.critic_target](detached, stages, noise).x_BNC
+            v_teacher, v_empty, v_critic = _judged(student, critic, seen, stages, batch, sampled, config)
+            loss_B, metrics = student_loss(
+                landing.x0_BNC, seen, stages.tau_B, v_teacher, v_empty, v_critic, config
+            )
+            (loss_B.sum() / sampled.count).backward()  # within the role: checkpointing repeats the forward
+        for name, value_B in metrics.items():
+            totals[name] = totals.get(name, 0.0) + float(value_B.sum()) / sampled.count
+    totals["grad_norm"] = _step(student, optimizer, config.max_grad_norm)
+    student.update_average(config.ema)
+    return totals
+
+
+@torch.no_grad()
+def _judged(
+    student: Policy, critic: Policy, x: Tensor, stages: Stages, batch: Batch, sampled: Rollout, config: TDMConfig
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Velocities of the teacher with the prompt and with the empty one, and of the critic."""
+    with student.reference() as teacher:
+        v_teacher = v_empty = velocity(teacher, x, stages.tau_B, batch.text_BLD, sampled.grid)
+        if config.guidance > 0:
+            empty_BLD = sampled.empty_LD.expand(len(x), -1, -1)
+            v_empty = velocity(teacher, x, stages.tau_B, empty_BLD, sampled.grid)
+    with critic.acting() as transformer:
+        return v_teacher, v_empty, velocity(transformer, x, stages.tau_B, batch.text_BLD, sampled.grid)
+
+
+def _step(policy: Policy, optimizer: torch.optim.Optimizer, max_norm: float) -> float:
+    norm = torch.nn.utils.clip_grad_norm_(list(policy.parameters.values()), max_norm)
+    if not torch.isfinite(norm):
+        raise FloatingPointError(f"the {policy.name}'s gradient is not finite: no step was taken")
+    optimizer.step()
+    return float(norm)
+
+
+def _noise(like: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.randn(like.shape, generator=generator).to(like.device)
+
+
+def _wide(value_B: Tensor, like_BNC: Tensor) -> Tensor:
+    """A number an image, beside its latents."""
+    return value_B.to(like_BNC.device).view(-1, *[1] * (like_BNC.ndim - 1))
+
+
+def _rms(x_BNC: Tensor) -> Tensor:
+    return x_BNC.square().flatten(1).mean(1).sqrt()

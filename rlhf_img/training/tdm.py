@@ -1,0 +1,184 @@
+"""A run of TDM: its settings, its teacher, its parts, and one iteration."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlhf_img.algorithms import tdm
+from rlhf_img.algorithms.tdm import TDMConfig
+from rlhf_img.config import load_yaml
+from rlhf_img.errors import RlhfImgError, RunStopped
+from rlhf_img.model.conditioning import Conditioner
+from rlhf_img.model.export import has_alpha, load_lora
+from rlhf_img.model.loading import Model
+from rlhf_img.model.lora import role_parameters
+from rlhf_img.model.policy import POLICY, Policy, make_role
+from rlhf_img.rewards import load_rewards
+from rlhf_img.training import prompts as prompt_room
+from rlhf_img.training.card import controls, report_card
+from rlhf_img.training.config import RunConfig
+from rlhf_img.training.evaluate import EvalConfig
+from rlhf_img.training.loop import Clock, Job, open_model, train_and_heldout, watched_rewards
+from rlhf_img.training.prompts import Prompt
+
+TEACHER, CRITIC = "teacher", "critic"
+"""Roles beside the student, which is the policy: what is measured and exported."""
+_INHERITED = ("model", "prompts", "eval_prompts", "rewards")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StudentEvalConfig(EvalConfig):
+    """How the student is measured: with its own number of steps, and without guidance."""
+
+    num_steps: int = 8
+    """Denoising steps: those of tdm.num_steps."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Config(RunConfig):
+    """A TDM run. Every field can be set in a run file or as `key=value`, nested ones with dots: `tdm.guidance=3`.
+
+    `rewards` measure, and do not train. With a teacher, student and critic have the size of its adapter, not `lora`.
+    """
+
+    teacher: str | None = None
+    """The run, or the folder of a LoRA, that aligned the model; None: the model itself is the teacher."""
+    steps: int = 150
+    checkpoint_every: int = 25
+    sample_every: int = 50
+    card: bool = True
+    """Measure the controls of the report card once training is done: the teacher in three ways, and Raw."""
+    full_steps: int = 16
+    """Steps of the teacher's full sampling on the card. Krea 2 Raw's own default is 28."""
+    eval: StudentEvalConfig = field(default_factory=StudentEvalConfig)
+    tdm: TDMConfig = field(default_factory=TDMConfig)
+
+    def __post_init__(self) -> None:
+        """Raises RlhfImgError for values that do not fit the student."""
+        super(Config, self).__post_init__()  # a dataclass with slots is not the class that a bare super() knows
+        if self.full_steps < 1:
+            raise RlhfImgError(f"full_steps must be 1 or more; got {self.full_steps}")
+        if self.full:
+            raise RlhfImgError("TDM trains adapters: student, critic and teacher share one base; leave `full` out")
+        if (self.eval.num_steps, self.eval.guidance) != (self.tdm.num_steps, 0.0):
+            raise RlhfImgError(
+                f"the student is made for {self.tdm.num_steps} steps (tdm.num_steps) without guidance, and would be "
+                f"measured at {self.eval.num_steps} with guidance {self.eval.guidance}: set eval.num_steps to "
+                "tdm.num_steps and leave eval.guidance 0"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Parts:
+    """What an iteration works with."""
+
+    config: Config
+    model: Model
+    student: Policy
+    critic: Policy
+    conditioner: Conditioner
+    optimizers: dict[str, torch.optim.Optimizer]
+    prompts: list[Prompt]
+
+
+def teacher_settings(teacher: str | None) -> dict[str, Any]:
+    """What a distillation takes over from the run of its teacher: model, prompts and rewards; {} if it is no run."""
+    file = Path(teacher or "") / "config.yaml"
+    if teacher is None or not file.is_file():
+        return {}
+    settings: Mapping[str, Any] = load_yaml(file).get("config") or {}
+    return {key: settings[key] for key in _INHERITED if settings.get(key) is not None}
+
+
+def prepare(config: Config) -> tuple[Parts, Job]:
+    """Loads and builds the parts of a run. Raises RlhfImgError for whatever the user can mend, before any work."""
+    watched = watched_rewards(load_rewards(config.rewards), config)
+    prompts, heldout = train_and_heldout(config)
+    model = open_model(config)
+    if model.is_distilled and config.tdm.guidance > 0:
+        raise RlhfImgError(
+            f'the teacher "{config.model}" is distilled already and draws without guidance: tdm.guidance='
+            f"{config.tdm.guidance:g} on top would destroy its detail; give the model it was distilled from, such as "
+            "krea/Krea-2-Raw, or set tdm.guidance=0"
+        )
+    if config.teacher is not None:
+        load_teacher(model, Path(config.teacher))
+    start = None if config.teacher is None else TEACHER
+    student = make_role(model.transformer, POLICY, config.lora, config.seed, start=start)
+    critic = make_role(model.transformer, CRITIC, config.lora, config.seed + 1, start=start)
+    optimizers: dict[str, torch.optim.Optimizer] = {
+        role.name: torch.optim.AdamW(list(role.parameters.values()), lr=lr, weight_decay=config.tdm.weight_decay)
+        for role, lr in ((student, config.tdm.lr), (critic, config.tdm.critic_lr))
+    }
+    # From here on the model is sampled as the student will be: at the levels of a distilled checkpoint.
+    shipped = dataclasses.replace(model, is_distilled=True)
+    parts = Parts(
+        config=config, model=shipped, student=student, critic=critic, conditioner=Conditioner(model),
+        optimizers=optimizers, prompts=prompts,
+    )  # fmt: skip
+    job = Job(
+        config=config, model=shipped, conditioner=parts.conditioner,
+        trained={role.name: (role, optimizers[role.name]) for role in (student, critic)}, watched=watched,
+        heldout_prompts=heldout, iterate=partial(iteration, parts),
+    )  # fmt: skip
+    if config.card:
+        against = controls(model, start, config.tdm.num_steps, config.full_steps, config.tdm.guidance)
+        job = dataclasses.replace(job, card=lambda drawn, after, console: report_card(
+            job, against, drawn, after, console
+        ))  # fmt: skip
+    return parts, job
+
+
+def load_teacher(model: Model, path: Path) -> None:
+    """Adds the adapter of the run or LoRA folder `path` as the frozen role "teacher".
+
+    Raises RlhfImgError if there is none, if it does not fit the model, or if its scale is not known.
+    """
+    is_run = (path / "config.yaml").is_file()
+    folder = path / "lora" if is_run else path
+    if is_run and not folder.is_dir():
+        raise RlhfImgError(f"the teacher's run {path} has no LoRA: finish it with --resume (a `full` run has none)")
+    load_lora(model, folder, TEACHER)
+    if not has_alpha(folder):
+        raise RlhfImgError(
+            f"the LoRA in {folder} does not say its alpha, so how strong the teacher is meant to be is not known; "
+            "save it again with diffusers' save_lora_weights and its adapter metadata, or give a run's folder"
+        )
+    for parameter in role_parameters(model.transformer, TEACHER).values():
+        parameter.requires_grad_(False)
+
+
+def iteration(parts: Parts, step: int) -> dict[str, float]:
+    """One iteration of TDM: the student draws, the critic learns what it draws, the student moves. Flat metrics."""
+    config = parts.config
+    clock = Clock()
+    drawn = prompt_room.draw(parts.prompts, config.tdm.prompts, step - 1, config.seed)
+    seed = (config.seed * 100_003 + step) * 100_000  # an image's is this and its place
+    sampled = tdm.rollout(
+        parts.model, parts.student, parts.conditioner, [p.text for p in drawn], config.tdm, seed
+    )
+    clock.lap("rollout")
+    generator = torch.Generator().manual_seed(seed)
+    left = 1 - (step - 1) / config.steps
+    for name, lr in ((POLICY, config.tdm.lr), (CRITIC, config.tdm.critic_lr)):
+        for group in parts.optimizers[name].param_groups:
+            group["lr"] = lr * left
+    try:
+        learnt: dict[str, float] = {}
+        for _ in range(config.tdm.critic_updates):
+            learnt = tdm.train_critic(parts.critic, parts.optimizers[CRITIC], sampled, config.tdm, generator)
+        clock.lap("critic")
+        moved = tdm.train_student(
+            parts.student, parts.critic, parts.optimizers[POLICY], sampled, config.tdm, generator
+        )
+    except FloatingPointError as error:
+        raise RunStopped(
+            f"iteration {step}: {error}. The last checkpoint stays; start again with a lower tdm.lr and tdm.critic_lr"
+        ) from error
+    clock.lap("train")
+    return {**moved, **learnt, **clock.times(), "lr": config.tdm.lr * left}
