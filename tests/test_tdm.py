@@ -20,7 +20,7 @@ from rlhf_img.model.loading import Model
 from rlhf_img.model.lora import add_role, role, role_parameters
 from rlhf_img.model.policy import POLICY, LoRAConfig, Policy, make_role
 
-CONFIG = TDMConfig(prompts=4, images=2, num_steps=4, critic_updates=1, lr=1e-2, critic_lr=1e-2)
+CONFIG = TDMConfig(prompts=2, images=2, num_steps=4, critic_updates=1, lr=1e-2, critic_lr=1e-2)
 KREA = torch.tensor([1, 0.9567, 0.9045, 0.8403, 0.7595, 0.6546, 0.5128, 0.3109, 0])  # 8 steps at mu = 1.15
 
 
@@ -78,17 +78,15 @@ def test_renoising_keeps_the_flow_and_composes() -> None:
     torch.testing.assert_close(a2**2 * b1**2 + b2**2, b**2)
 
 
-@pytest.mark.parametrize("index", range(8))
+@pytest.mark.parametrize("index", range(7))  # in the last stage x_s is x0: see the next test
 def test_only_the_ambient_target_is_unbiased_for_what_the_student_lands_on(index: int) -> None:
     stages = in_stage(index, 0.5, 25)
     tolerance = {"rel": 2e-3, "abs": 2e-3}
     _, ambient, truth = critic_of("ambient", stages)
     assert ambient == pytest.approx(truth, **tolerance)
     _, x0, _ = critic_of("tdm_x0", stages)
-    if index == 7:  # it lands on x0 itself: nothing to tell apart, had x_s been x0 here
-        return
     assert max(abs(x0[0] - truth[0]), abs(x0[1] - truth[1])) > 0.05
-    x, dmd, _ = critic_of("dmd", stages)
+    _, dmd, _ = critic_of("dmd", stages)
     tau = float(stages.tau_B[0])
     mean, variance = (1 - tau) * 0.5, (1 - tau) ** 2 * 0.16 + tau**2  # of x0 noised to tau
     of_x0 = [float(gaussian_velocity(torch.tensor(v), mean, variance, tau)) for v in (0.0, 1.0)]
@@ -168,3 +166,204 @@ def test_stages_fill_their_grid_without_overlap() -> None:
 
 def test_the_grid_is_that_of_the_stock_pipeline_for_a_distilled_model() -> None:
     torch.testing.assert_close(tdm.student_grid(tiny_model(), 8), KREA, atol=1e-4, rtol=0)
+
+
+def two_modes(share: float) -> tuple[Tensor, Tensor]:
+    return torch.tensor([[-1.0, 0.0], [1.0, 0.0]]), torch.tensor([1 - share, share])
+
+
+def mixture_velocity(x: Tensor, tau: Tensor, share: float, spread: float = 0.25) -> Tensor:
+    """The exact flow of a mixture of two round Gaussians in the plane, of which the right one has `share`."""
+    means, weights = two_modes(share)
+    variance = (1 - tau) ** 2 * spread**2 + tau**2
+    apart = x[:, None] - (1 - tau)[..., None] * means
+    belongs = (weights.log() - apart.square().sum(-1) / (2 * variance)).softmax(-1)
+    x0 = (means + (1 - tau)[..., None] * spread**2 / variance[..., None] * apart) * belongs[..., None]
+    return (x - x0.sum(1)) / tau
+
+
+class Adapted(nn.Module):
+    """The teacher's flow and a small network that adds nothing at first, as an adapter would."""
+
+    def __init__(self, share: float) -> None:
+        super().__init__()
+        self.share = share
+        self.net = nn.Sequential(nn.Linear(3, 48), nn.SiLU(), nn.Linear(48, 48), nn.SiLU(), nn.Linear(48, 2))
+        nn.init.zeros_(self.net[-1].weight)
+        nn.init.zeros_(self.net[-1].bias)
+
+    def forward(self, x: Tensor, tau: Tensor) -> Tensor:
+        tau = tau[:, None]
+        return mixture_velocity(x, tau, self.share) + self.net(torch.cat([x, tau], 1))
+
+
+def walked(student: Adapted, levels: Tensor, count: int, generator: torch.Generator) -> list[Tensor]:
+    states = [torch.randn(count, 2, generator=generator)]
+    with torch.no_grad():
+        for s, s_next in zip(levels.tolist(), levels.tolist()[1:], strict=False):
+            v = student(states[-1], torch.full((count,), s))
+            states.append(euler_step(states[-1], v, s, s_next))
+    return states
+
+
+def distil(target: str, guidance: float, steps: int) -> tuple[Tensor, Tensor]:
+    """Samples of a student of 4 steps before and after, with the functions of a run on a toy world."""
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
+    # In two dimensions the normaliser goes with the direction of the error, and biases it: a constant one instead.
+    config = TDMConfig(num_steps=4, guidance=guidance, critic_target=target, norm_floor=10.0)  # type: ignore[arg-type]
+    student, critic, levels = Adapted(0.7), Adapted(0.7), torch.tensor([1.0, 0.9045, 0.7595, 0.5128, 0.0])
+    before = walked(student, levels, 4000, torch.Generator().manual_seed(1))[-1]
+    optimizers = [torch.optim.Adam(net.parameters(), lr=lr) for net, lr in ((student, 1e-3), (critic, 3e-3))]
+    for _ in range(steps):
+        states = torch.stack(walked(student, levels, 256, generator))
+        for _ in range(2):
+            stages = tdm.draw_stages(levels, 256, config.margin, generator)
+            x, rows = states[stages.index_B, torch.arange(256)], torch.arange(256)
+            taken = (states[stages.index_B + 1, rows] - x) / (stages.end_B - stages.start_B)[:, None]
+            noise = torch.randn(x.shape, generator=generator)
+            noised = CRITIC_TARGETS[target](tdm.land(x, taken, stages), stages, noise)
+            loss = tdm.critic_loss(critic(noised.x_BNC, stages.tau_B), noised).mean()
+            optimizers[1].zero_grad()
+            loss.backward()
+            optimizers[1].step()
+        landing = tdm.land(x, student(x, stages.start_B), stages)
+        seen = Landing(x_BNC=landing.x_BNC.detach(), x0_BNC=landing.x0_BNC.detach())
+        x_tau, tau = CRITIC_TARGETS[target](seen, stages, noise).x_BNC, stages.tau_B
+        with torch.no_grad():
+            flows = [mixture_velocity(x_tau, tau[:, None], share) for share in (0.7, 0.5)]
+            flows.append(critic(x_tau, tau))
+        value, _ = tdm.student_loss(landing.x0_BNC, x_tau, tau, *flows, config)
+        optimizers[0].zero_grad()
+        value.mean().backward()
+        optimizers[0].step()
+    return before, walked(student, levels, 4000, torch.Generator().manual_seed(1))[-1]
+
+
+def wasserstein(one: Tensor, other: Tensor) -> float:
+    """Along the axis of the modes, exact."""
+    return float((one[:, 0].sort().values - other[:, 0].sort().values).abs().mean())
+
+
+@pytest.fixture
+def world() -> tuple[Model, Policy, Policy, Conditioner]:
+    """A tiny model with a teacher's adapter that is not the base, and student and critic that begin as it."""
+    model = tiny_model()
+    add_role(model.transformer, "teacher", rank=4, alpha=8.0)
+    generator = torch.Generator().manual_seed(3)
+    for parameter in role_parameters(model.transformer, "teacher").values():
+        parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
+        parameter.requires_grad_(False)
+    student, critic = (
+        make_role(model.transformer, name, LoRAConfig(rank=64), seed=0, start="teacher") for name in (POLICY, "critic")
+    )
+    return model, student, critic, Conditioner(model)
+
+
+def look(model: Model, conditioner: Conditioner, name: str | None) -> Tensor:
+    text = conditioner.encode(PROMPTS[:1])[0][None]
+    x = torch.randn(1, 4, 64, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad(), role(model.transformer, name):
+        return velocity(model.transformer, x, torch.tensor(0.6), text, (2, 2))
+
+
+def optimizer_of(policy: Policy, lr: float = 1e-2) -> torch.optim.Optimizer:
+    return torch.optim.SGD(list(policy.parameters.values()), lr=lr)
+
+
+def test_student_and_critic_begin_as_the_teacher_to_the_bit(world: tuple[Model, Policy, Policy, Conditioner]) -> None:
+    model, student, _, conditioner = world
+    teacher = look(model, conditioner, "teacher")
+    assert torch.equal(look(model, conditioner, POLICY), teacher)
+    assert torch.equal(look(model, conditioner, "critic"), teacher)
+    assert not torch.equal(look(model, conditioner, None), teacher)
+    with student.reference() as transformer:
+        assert torch.equal(look(model, conditioner, "teacher"), teacher) and transformer is model.transformer
+
+
+def test_each_role_trains_alone(world: tuple[Model, Policy, Policy, Conditioner]) -> None:
+    model, student, critic, conditioner = world
+    names = (None, "teacher", POLICY, "critic")
+    state = {key: value.clone() for key, value in model.transformer.state_dict().items()}
+
+    def changed() -> set[str]:
+        now = model.transformer.state_dict()
+        return {key for key, value in state.items() if not torch.equal(now[key], value)}
+
+    before = {name: look(model, conditioner, name) for name in names}
+    sampled = tdm.rollout(model, student, conditioner, PROMPTS[:2], CONFIG, 5)
+    generator = torch.Generator().manual_seed(0)
+    tdm.train_critic(critic, optimizer_of(critic), sampled, CONFIG, generator)
+    moved = changed()
+    assert moved and all(".critic." in key for key in moved) and len(moved) == len(critic.parameters)
+    for name in (None, "teacher", POLICY):
+        assert torch.equal(look(model, conditioner, name), before[name])
+    after_critic = look(model, conditioner, "critic")
+    assert not torch.equal(after_critic, before["critic"])
+    tdm.train_student(student, critic, optimizer_of(student), sampled, CONFIG, generator)
+    assert all(p.grad is None for p in role_parameters(model.transformer, "teacher").values())
+    assert {key for key in changed() if ".critic." not in key} == {k for k in changed() if f".{POLICY}." in k}
+    assert torch.equal(look(model, conditioner, "critic"), after_critic)
+    assert torch.equal(look(model, conditioner, "teacher"), before["teacher"])
+    assert torch.equal(look(model, conditioner, None), before[None])
+    assert not torch.equal(look(model, conditioner, POLICY), before[POLICY])
+
+
+def test_without_guidance_a_student_that_is_the_teacher_has_nothing_to_learn_from_an_equal_critic(
+    world: tuple[Model, Policy, Policy, Conditioner],
+) -> None:
+    model, student, critic, conditioner = world
+    config = dataclasses.replace(CONFIG, guidance=0.0)
+    sampled = tdm.rollout(model, student, conditioner, PROMPTS[:2], config, 5)
+    metrics = tdm.train_student(student, critic, optimizer_of(student), sampled, config, torch.Generator())
+    assert metrics["dm"] == metrics["guidance"] == metrics["grad_norm"] == 0.0
+
+
+@pytest.mark.parametrize("target", list(CRITIC_TARGETS))
+def test_gradients_are_those_of_a_slow_loop(world: tuple[Model, Policy, Policy, Conditioner], target: str) -> None:
+    model, student, critic, conditioner = world
+    config = dataclasses.replace(CONFIG, critic_target=target, guidance=1.5, max_grad_norm=1e9)  # type: ignore[arg-type]
+    for parameter in critic.parameters.values():
+        parameter.data *= 1.1
+    sampled = tdm.rollout(model, student, conditioner, PROMPTS[:2], config, 5)
+    tdm.train_student(student, critic, optimizer_of(student, 0.0), sampled, config, torch.Generator().manual_seed(9))
+    tdm.train_critic(critic, optimizer_of(critic, 0.0), sampled, config, torch.Generator().manual_seed(9))
+    fast = [{n: p.grad.clone() for n, p in policy.parameters.items() if p.grad is not None} for policy in world[1:3]]
+    empty = conditioner.encode([""])[0][None]
+    totals = [torch.zeros(()), torch.zeros(())]
+    generator = torch.Generator().manual_seed(9)
+
+    def flow(name: str, x: Tensor, tau: float, text: Tensor) -> Tensor:
+        with role(model.transformer, name):
+            return velocity(model.transformer, x, torch.tensor(tau), text, sampled.grid)
+
+    for batch in sampled.batches:
+        stages = tdm.draw_stages(sampled.levels_S, len(batch.text_BLD), config.margin, generator)
+        noise = torch.randn(batch.states_SBNC[0].shape, generator=generator)
+        for b, k in enumerate(stages.index_B.tolist()):
+            x, n, text = batch.states_SBNC[k, b : b + 1], noise[b : b + 1], batch.text_BLD[b : b + 1]
+            start, s, tau = (float(level[b]) for level in (stages.start_B, stages.end_B, stages.tau_B))
+            v = flow(POLICY, x, start, text)
+            x0, x_s = x - start * v, (x + (s - start) * v).detach()
+            a = (1 - tau) / (1 - s)
+            b2 = tau**2 - a**2 * s**2
+            x_tau = a * x_s + b2**0.5 * n
+            if target == "dmd":
+                x_tau = (1 - tau) * x0.detach() + tau * n
+            v_t, v_u = flow("teacher", x_tau, tau, text).detach(), flow("teacher", x_tau, tau, empty).detach()
+            v_c = flow("critic", x_tau, tau, text)
+            guided = 2.5 * v_t - 1.5 * v_u
+            pull = -tau * (guided - v_c.detach())  # x0 of the guided teacher minus that of the critic
+            norm = (x0 - (x_tau - tau * guided)).abs().mean().detach()
+            totals[0] = totals[0] - 2 * (pull * x0).mean() / norm
+            spread = (1 - s) ** 2 + s**2
+            goal, weight = {
+                "ambient": ((x_tau - tau * n / b2**0.5) / (tau - 1),
+                            b2 * (1 - s) ** 2 * (a**2 * spread + b2) / (tau**2 * spread)),
+                "tdm_x0": ((x_tau - x0.detach()) / tau, 1.0), "dmd": (n - x0.detach(), 1.0),
+            }[target]  # fmt: skip
+            totals[1] = totals[1] + weight * (v_c - goal).square().mean()
+    for policy, total, found in zip(world[1:3], totals, fast, strict=True):
+        slow = torch.autograd.grad(total / sampled.count, list(policy.parameters.values()))
+        for name, expected in zip(policy.parameters, slow, strict=True):
+            torch.testing.assert_close(found[name], expected, rtol=5e-3, atol=1e-4 * float(expected.abs().max()) + 1e-7)

@@ -1,4 +1,4 @@
-"""`rlhf-img grpo`: train, measure, report."""
+"""`rlhf-img grpo` and `rlhf-img tdm`: train, measure, report."""
 
 import json
 import shlex
@@ -86,6 +86,63 @@ def _processes(given: dict[str, Any], resumed: Path | None, wanted: int | None) 
     most = torch.cuda.device_count() or (torch.get_num_threads() if config.model == PLAYGROUND else 1)
     most = 1 if config.grpo.updates > 1 else most
     return max(n for n in range(1, most + 1) if config.grpo.prompts % n == 0)
+
+
+def tdm(
+    settings: Annotated[
+        list[str] | None, typer.Argument(metavar="[key=value ...]", help="Settings, such as `tdm.guidance=3.5`.")
+    ] = None,
+    teacher: Annotated[
+        str | None,
+        typer.Option(metavar="RUN|FOLDER|none", help="What aligned the model: a run, a LoRA's folder, or nothing."),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help='"playground", a diffusers folder, or a hub id [default: that of the teacher\'s run].'),
+    ] = None,
+    rewards: Annotated[str | None, typer.Option(metavar="SPEC", help="What measures; it does not train.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="Training prompts: .txt, .jsonl or .yaml.")] = None,
+    eval_prompts: Annotated[Path | None, typer.Option(help="Held-out prompts, in the same formats.")] = None,
+    config: Annotated[Path | None, typer.Option(help="A run file (YAML) with any settings.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The run's folder [default: runs/tdm-DATE-TIME].")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of everything random.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --out.")] = False,
+    show_settings: Annotated[bool, typer.Option("--settings", help="List every setting and stop.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Distil a guided model into a student of 8 steps without guidance, from prompts alone, and measure it.
+
+    Model, prompts and rewards are those of the teacher's run if nothing else is said.
+    Precedence: key=value over options over --config over the teacher's run over defaults.
+
+    Examples:
+
+        rlhf-img tdm --teacher runs/first
+
+        rlhf-img tdm --teacher none
+
+        rlhf-img tdm --model krea/Krea-2-Raw --teacher runs/first/lora --prompts prompts.txt tdm.guidance=3.5
+
+        rlhf-img tdm --out runs/turbo --resume
+    """
+    if show_settings:
+        _print_settings("tdm")
+        return
+    options = {
+        "teacher": None if teacher == "none" else teacher, "rewards": rewards, "model": model,
+        "prompts": _text(prompts), "eval_prompts": _text(eval_prompts), "seed": seed,
+    }  # fmt: skip
+    given = merge(load_yaml(config) if config else {}, {k: v for k, v in options.items() if v is not None})
+    given = merge(given, parse_overrides(settings or []))
+    if resume and out is None:
+        raise RlhfImgError("--resume needs --out with the folder of the run to go on with")
+    if not resume:
+        if teacher is None and "teacher" not in given:
+            raise RlhfImgError("what is to be distilled? Give --teacher RUN, a LoRA's folder, or none for the bare model")
+        from rlhf_img.training.tdm import teacher_settings
+
+        given = merge(teacher_settings(given.get("teacher")), given)
+    _run("tdm", given, out, resume, as_json)
 
 
 def _run(algorithm: str, given: dict[str, Any], out: Path | None, resume: bool, as_json: bool) -> None:

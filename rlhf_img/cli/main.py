@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from rlhf_img import __version__
-from rlhf_img.cli import align, doctor, look, playground, report, reward, rubric
+from rlhf_img.cli import align, doctor, export, look, playground, report, reward, rubric
 from rlhf_img.errors import RlhfImgError
 
 app = typer.Typer(
@@ -28,6 +28,8 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
 
 
 app.command("grpo")(align.grpo)
+app.command("tdm")(align.tdm)
+app.command("export")(export.export)
 app.command("sample")(look.sample)
 app.command("eval")(look.evaluate)
 app.command("report")(report.report)

@@ -1,15 +1,18 @@
 """LoRA roles to and from files that the stock `Krea2Pipeline.load_lora_weights` reads, right at scale 1.0."""
 
+import dataclasses
+import json
 import os
 import tempfile
 from pathlib import Path
 
+import torch
 from diffusers import Krea2Pipeline
 from peft import get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 
 from rlhf_img.errors import RlhfImgError
-from rlhf_img.model.loading import Model
+from rlhf_img.model.loading import SETTINGS_FILE, Model
 from rlhf_img.model.lora import adopt, keep_state, role_parameters, roles
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -35,6 +38,35 @@ def save_lora(model: Model, role: str, folder: str | Path) -> Path:
     except OSError as error:
         raise RlhfImgError(f'could not write the LoRA to "{folder}": {error}; give a writable folder') from error
     return folder / LORA_FILE
+
+
+def save_merged(
+    model: Model, role: str, folder: str | Path, *, is_distilled: bool, dtype: torch.dtype = torch.float32
+) -> Path:
+    """Write `model` to the new `folder` as a stock pipeline with the adapter `role` added to its weights.
+
+    `dtype` is that of the transformer on the disk; `is_distilled` makes the stock pipeline sample at the levels of a
+    distilled checkpoint. Uses `model` up: its transformer is the merged one afterwards, without any role.
+    Raises RlhfImgError for an unknown role, or a folder that is there or cannot be written.
+    """
+    role_parameters(model.transformer, role)
+    folder = Path(folder)
+    if folder.exists():
+        raise RlhfImgError(f'"{folder}" is there already; give a new folder for the merged model')
+    model.transformer.fuse_lora(adapter_names=[role])
+    model.transformer.unload_lora()
+    model.transformer.to(dtype)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".merged-") as scratch:
+            dataclasses.replace(model, is_distilled=is_distilled).pipeline().save_pretrained(scratch)
+            (Path(scratch) / SETTINGS_FILE).write_text(json.dumps({"default_size": model.default_size}))
+            os.chmod(scratch, 0o755)  # a temporary folder is its owner's alone
+            os.rename(scratch, folder)
+            Path(scratch).mkdir()  # for the context to remove
+    except OSError as error:
+        raise RlhfImgError(f'could not write the model to "{folder}": {error}; give a writable folder') from error
+    return folder
 
 
 def has_alpha(folder: str | Path) -> bool:

@@ -177,7 +177,7 @@ def _evaluate_before(job: Job, run: RunDir, console: Console) -> Evaluation:
 def measured(
     job: Job, console: Console, title: str, *, model: Model | None = None, settings: EvalConfig | None = None
 ) -> tuple[Evaluation, Drawn]:
-    """The held-out evaluation of the role that is active, with a progress bar; as the run says if not told otherwise."""
+    """The held-out evaluation of the active role, with a progress bar; as the run says, if not told otherwise."""
     with _progress(console) as progress:
         task: TaskID = progress.add_task(title, total=None, note="")
         return evaluate(
