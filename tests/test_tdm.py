@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -12,7 +11,6 @@ from torch import Tensor, nn
 
 from rlhf_img.algorithms import tdm
 from rlhf_img.algorithms.tdm import CRITIC_TARGETS, Landing, Stages, TDMConfig
-from rlhf_img.errors import RlhfImgError
 from rlhf_img.model.conditioning import Conditioner
 from rlhf_img.model.flow import euler_step
 from rlhf_img.model.forward import velocity

@@ -138,7 +138,7 @@ def tdm(
         raise RlhfImgError("--resume needs --out with the folder of the run to go on with")
     if not resume:
         if teacher is None and "teacher" not in given:
-            raise RlhfImgError("what is to be distilled? Give --teacher RUN, a LoRA's folder, or none for the bare model")
+            raise RlhfImgError("what is to be distilled? Give --teacher RUN, a LoRA's folder, or none (the bare model)")
         from rlhf_img.training.tdm import teacher_settings
 
         given = merge(teacher_settings(given.get("teacher")), given)

@@ -42,6 +42,32 @@ class Evaluation:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CardRow:
+    """One way to draw images on a distillation's card; the student comes first."""
+
+    checkpoint: Checkpoint
+    calls: int
+    """Of the network, an image."""
+    seconds: float
+    """To sample an image, on the run's hardware."""
+    agreement: Interval | None
+    """With the student's image of the same prompt and seed: 1 is the same, 0 as far apart as two seeds."""
+    student_minus: dict[str, Interval]
+    """The student minus this, paired by prompt: `pass_all`, `pass_requirement`, `diversity_ratio`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """`card.json`: a distilled student beside what it was made from."""
+
+    rows: tuple[CardRow, ...]
+    kept: Interval | None
+    """The student's pass rate over that of its guided teacher at full steps."""
+    gain_kept: Interval | None
+    """The share of the teacher's gain over the model before alignment that the student has."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Requirement:
     """One requirement of a sample and its verdict; None: the judge could not tell."""
 
@@ -70,6 +96,7 @@ class Run:
     metrics: dict[str, list[float | None]]
     """Each metric over the steps; None where a step did not report it."""
     evaluation: Evaluation | None
+    card: Card | None
     samples: dict[str, tuple[Sample, ...]]
     """Samples by tag, in order of training: "before", "step_000020", ..., "after"."""
     notes: tuple[str, ...]
@@ -89,6 +116,7 @@ def load_run(path: Path) -> Run:
         config=_load_config(path, notes),
         metrics=_load_metrics(path, notes),
         evaluation=_load_evaluation(path, notes),
+        card=_load_card(path, notes),
         samples=_load_samples(path, notes),
         notes=tuple(notes),
     )
@@ -121,15 +149,7 @@ def _load_evaluation(path: Path, notes: list[str]) -> Evaluation | None:
     raw = _load_json(path / "eval.json", notes, "so whether the run helped was not measured")
     if not isinstance(raw, dict):
         return None
-    checkpoints = {}
-    for entry in raw.get("checkpoints", []):
-        checkpoints[str(entry["name"])] = Checkpoint(
-            name=str(entry["name"]),
-            scores=_intervals({key: entry.get(key) for key in ("pass_all", "pass_requirement", "diversity")}),
-            by_check=_intervals(entry.get("by_check")),
-            rewards=_intervals(entry.get("rewards")),
-            unscored={key: int(count) for key, count in (entry.get("unscored") or {}).items()},
-        )
+    checkpoints = {str(entry["name"]): _checkpoint(entry) for entry in raw.get("checkpoints", [])}
     difference = raw.get("difference") or {}
     settings = {key: value for key, value in raw.items() if key not in ("checkpoints", "difference")}
     return Evaluation(
@@ -138,6 +158,36 @@ def _load_evaluation(path: Path, notes: list[str]) -> Evaluation | None:
         difference=_intervals({key: value for key, value in difference.items() if key != "rewards"}),
         reward_difference=_intervals(difference.get("rewards")),
     )
+
+
+def _checkpoint(entry: dict[str, Any]) -> Checkpoint:
+    return Checkpoint(
+        name=str(entry["name"]),
+        scores=_intervals({key: entry.get(key) for key in ("pass_all", "pass_requirement", "diversity")}),
+        by_check=_intervals(entry.get("by_check")),
+        rewards=_intervals(entry.get("rewards")),
+        unscored={key: int(count) for key, count in (entry.get("unscored") or {}).items()},
+    )
+
+
+def _load_card(path: Path, notes: list[str]) -> Card | None:
+    if not (path / "card.json").exists():
+        return None  # only a distillation has one
+    raw = _load_json(path / "card.json", notes, "so the student is not compared with its teacher")
+    if not isinstance(raw, dict):
+        return None
+    rows = [
+        CardRow(
+            checkpoint=_checkpoint(entry),
+            calls=int(entry["calls"]),
+            seconds=float(entry["seconds"]),
+            agreement=_intervals({"agreement": entry.get("agreement")}).get("agreement"),
+            student_minus=_intervals(entry.get("student_minus")),
+        )
+        for entry in raw["rows"]
+    ]
+    shares = _intervals({key: raw.get(key) for key in ("kept", "gain_kept")})
+    return Card(rows=tuple(rows), kept=shares.get("kept"), gain_kept=shares.get("gain_kept"))
 
 
 def _load_samples(path: Path, notes: list[str]) -> dict[str, tuple[Sample, ...]]:

@@ -19,6 +19,7 @@ from rlhf_img.model.loading import Model
 from rlhf_img.model.lora import role_parameters
 from rlhf_img.model.policy import POLICY, Policy, make_role
 from rlhf_img.rewards import load_rewards
+from rlhf_img.training import distributed
 from rlhf_img.training import prompts as prompt_room
 from rlhf_img.training.card import controls, report_card
 from rlhf_img.training.config import RunConfig
@@ -97,6 +98,8 @@ def teacher_settings(teacher: str | None) -> dict[str, Any]:
 
 def prepare(config: Config) -> tuple[Parts, Job]:
     """Loads and builds the parts of a run. Raises RlhfImgError for whatever the user can mend, before any work."""
+    if distributed.world() > 1:
+        raise RlhfImgError("TDM runs in one process so far: start it without torchrun or accelerate")
     watched = watched_rewards(load_rewards(config.rewards), config)
     prompts, heldout = train_and_heldout(config)
     model = open_model(config)
@@ -172,7 +175,6 @@ def iteration(parts: Parts, step: int) -> dict[str, float]:
         learnt: dict[str, float] = {}
         for _ in range(config.tdm.critic_updates):
             learnt = tdm.train_critic(parts.critic, parts.optimizers[CRITIC], sampled, config.tdm, generator)
-        clock.lap("critic")
         moved = tdm.train_student(
             parts.student, parts.critic, parts.optimizers[POLICY], sampled, config.tdm, generator
         )

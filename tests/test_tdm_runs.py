@@ -1,0 +1,213 @@
+"""Distillation end to end on a tiny random Krea 2: what a run leaves, exports and refuses, and how it resumes."""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import Krea2Pipeline
+from safetensors.torch import load_file, save_file
+from test_training import run
+from tiny import PROMPTS, SIZE, save_tiny, tiny_model
+
+from rlhf_img.algorithms import tdm
+from rlhf_img.cli.main import main
+from rlhf_img.config import from_mapping
+from rlhf_img.model.conditioning import Conditioner
+from rlhf_img.model.export import LORA_FILE, load_lora, save_lora
+from rlhf_img.model.loading import load
+from rlhf_img.model.lora import add_role, role, role_parameters
+from rlhf_img.model.sampling import sample
+from rlhf_img.report.load import load_run
+from rlhf_img.training import tdm as room
+
+SMALL = (
+    "tdm.prompts=2", "tdm.images=2", "tdm.num_steps=3", "tdm.guidance=1", "tdm.lr=1e-2", "eval.num_steps=3",
+    "eval.diversity_prompts=2", "eval.diversity_images=2", "full_steps=4", "samples=2", "checkpoint_every=1",
+    "sample_every=0", "tracker=none", "dtype=float32",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model, prompts, and an adapter that aligned it."""
+    folder = tmp_path_factory.mktemp("files")
+    save_tiny(folder / "model")
+    (folder / "prompts.txt").write_text("\n".join(PROMPTS))
+    model = tiny_model()
+    add_role(model.transformer, "policy", rank=4, alpha=8.0)
+    generator = torch.Generator().manual_seed(3)
+    for parameter in role_parameters(model.transformer, "policy").values():
+        parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
+    save_lora(model, "policy", folder / "aligned" / "lora")
+    settings = {"model": str(folder / "model"), "prompts": str(folder / "prompts.txt"), "rewards": "rubric",
+                "eval_prompts": str(folder / "prompts.txt")}  # fmt: skip
+    (folder / "aligned" / "config.yaml").write_text(json.dumps({"algorithm": "grpo", "config": settings}))
+    return folder
+
+
+def words(files: Path, out: Path, *more: str) -> list[str]:
+    return ["tdm", "--teacher", str(files / "aligned"), "--out", str(out), *SMALL, *more]
+
+
+def lines(folder: Path) -> list[dict[str, float]]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows]
+
+
+def test_a_run_its_card_and_its_export(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    assert run(monkeypatch, words(files, out, "steps=2", "--json")) == 0
+    assert json.loads(capsys.readouterr().out)["num_steps"] == 3
+    assert {"dm", "guidance", "norm", "critic/loss"} <= lines(out)[0].keys()
+    card = json.loads((out / "card.json").read_text())
+    assert [(row["name"], row["calls"]) for row in card["rows"]] == [
+        ("student, 3 steps, no guidance", 3), ("teacher, 4 steps, g = 1", 8), ("teacher, 3 steps, g = 1", 6),
+        ("teacher, 3 steps, no guidance", 3), ("raw, 4 steps, g = 1", 8),
+    ]  # fmt: skip
+    assert all(row["seconds"] > 0 for row in card["rows"])
+    after = json.loads((out / "eval.json").read_text())["checkpoints"][1]
+    assert card["rows"][0]["rewards"] == after["rewards"]
+    difference = card["rows"][1]["student_minus"]["rewards"]["rubric"]["mean"]
+    expected = after["rewards"]["rubric"]["mean"] - card["rows"][1]["rewards"]["rubric"]["mean"]
+    assert difference == pytest.approx(expected, abs=1e-6)
+    assert load_run(out).card is not None and "raw, 4 steps" in (out / "report.html").read_text()
+
+    # Its student in a stock pipeline, from the folder alone.
+    assert run(monkeypatch, ["export", str(out), "--out", str(tmp_path / "turbo")]) == 0
+    stock = Krea2Pipeline.from_pretrained(tmp_path / "turbo" / "pipeline")
+    stock.set_progress_bar_config(disable=True)
+    assert stock.config.is_distilled
+    model = load(files / "model", dtype=torch.float32)
+    load_lora(model, out / "lora", "policy")
+    exported = load(tmp_path / "turbo" / "pipeline")
+    assert exported.default_size == SIZE and exported.is_distilled
+    for prompt, seed in zip(PROMPTS[:2], (4, 5), strict=True):
+        theirs = stock(
+            prompt, height=SIZE, width=SIZE, num_inference_steps=3, guidance_scale=0.0, output_type="latent",
+            generator=torch.Generator().manual_seed(seed),
+        ).images  # fmt: skip
+        with role(model.transformer, "policy"):
+            distilled = dataclasses.replace(model, is_distilled=True)
+            ours = sample(distilled, Conditioner(model), [prompt], [seed], num_steps=3)
+        bare = sample(model, Conditioner(model), [prompt], [seed], num_steps=3)
+        torch.testing.assert_close(theirs.reshape(ours.shape), ours, atol=1e-5, rtol=0)
+        assert (bare - ours).abs().max() > 1e-3
+    assert run(monkeypatch, ["export", str(out), "--out", str(tmp_path / "turbo")]) == 2
+    assert "holds an export already" in capsys.readouterr().err
+
+
+class _Killed(Exception):
+    pass
+
+
+def test_killed_and_resumed_is_uninterrupted_to_the_bit_with_critic_and_average(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert run(monkeypatch, words(files, whole, "steps=3", "card=false")) == 0
+    train = tdm.train_student
+
+    def dies(*args: object) -> dict[str, float]:
+        if len(lines(killed)) == 2:  # in the third iteration, when the critic has moved already
+            raise _Killed
+        return train(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(tdm, "train_student", dies)
+    monkeypatch.setattr(sys, "argv", ["rlhf-img", *words(files, killed, "steps=3", "card=false")])
+    with pytest.raises(_Killed):
+        main()
+    monkeypatch.setattr(tdm, "train_student", train)
+    assert run(monkeypatch, ["tdm", "--out", str(killed), "--resume"]) == 0
+    assert lines(killed) == lines(whole)
+    ends = [max((folder / "checkpoints").iterdir()) for folder in (killed, whole)]
+    for name in ("policy.safetensors", "critic.safetensors", "state.json"):
+        assert (ends[0] / name).read_bytes() == (ends[1] / name).read_bytes()
+    critic, student = (load_file(ends[0] / f"{name}.safetensors") for name in ("critic", "policy"))
+    assert any(not torch.equal(student[key], student[key.replace("weights/", "average/")])
+               for key in student if key.startswith("weights/"))  # fmt: skip
+    assert critic.keys() == student.keys() and any(not torch.equal(critic[key], student[key]) for key in critic)
+    assert json.loads((killed / "eval.json").read_text()) == json.loads((whole / "eval.json").read_text())
+
+
+def test_before_is_the_teacher_at_the_steps_of_the_student(files: Path) -> None:
+    _, job = room.prepare(from_mapping(room.Config, {
+        **room.teacher_settings(str(files / "aligned")), "teacher": str(files / "aligned"),
+        "tdm": {"num_steps": 3}, "eval": {"num_steps": 3}, "dtype": "float32",
+    }, "settings"))  # fmt: skip
+    model = load(files / "model", dtype=torch.float32)
+    load_lora(model, files / "aligned" / "lora", "policy")
+    with role(model.transformer, "policy"):
+        expected = sample(
+            dataclasses.replace(model, is_distilled=True), Conditioner(model), PROMPTS, [1, 2, 3, 4], num_steps=3
+        )
+    with job.policy.acting():
+        assert torch.equal(sample(job.model, job.conditioner, PROMPTS, [1, 2, 3, 4], num_steps=3), expected)
+
+
+def without_alpha(files: Path, folder: Path) -> Path:
+    folder.mkdir()
+    save_file(load_file(files / "aligned" / "lora" / LORA_FILE), folder / LORA_FILE)
+    return folder
+
+
+def of_another_model(folder: Path) -> Path:
+    model = tiny_model()
+    add_role(model.transformer, "policy", rank=4, alpha=8.0)
+    for parameter in role_parameters(model.transformer, "policy").values():
+        parameter.data = torch.zeros([2 * n for n in parameter.shape])
+    return save_lora(model, "policy", folder).parent
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--teacher", "{no alpha}", "--model", "{model}"], "does not say its alpha"),
+        (["--teacher", "{other}", "--model", "{model}"], "is not a LoRA for this model"),
+        (["--teacher", "nowhere", "--model", "{model}"], "there is no pytorch_lora_weights.safetensors"),
+        (["--teacher", "{unfinished}"], "finish it with --resume"),
+        (["--model", "{turbo}"], "distilled already"),
+        (["eval.num_steps=16"], "made for 3 steps"),
+        (["eval.guidance=1"], "without guidance"),
+        (["full=true"], "TDM trains adapters"),
+        (["tdm.guidance=-1"], "the common scale w is 1 + g"),
+        (["tdm.margin=0.5"], "tdm.margin is a share"),
+        (["tdm.critic_target=rtdmd"], "ambient"),
+    ],
+)
+def test_what_a_user_gets_wrong_is_said(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    more: list[str], message: str,
+) -> None:  # fmt: skip
+    named = {"{model}": lambda: files / "model", "{no alpha}": lambda: without_alpha(files, tmp_path / "bare"),
+             "{other}": lambda: of_another_model(tmp_path / "other"), "{turbo}": lambda: turbo(tmp_path / "turbo"),
+             "{unfinished}": lambda: unfinished(files, tmp_path / "unfinished")}  # fmt: skip
+    filled = [str(named[word]()) if word in named else word for word in more]
+    prompts = ["--prompts", str(files / "prompts.txt"), "--eval-prompts", str(files / "prompts.txt")]
+    assert run(monkeypatch, [*words(files, tmp_path / "run", *prompts, "steps=1"), *filled]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error and "Traceback" not in error
+
+
+def turbo(folder: Path) -> Path:
+    save_tiny(folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, "is_distilled": True}))
+    return folder
+
+
+def unfinished(files: Path, folder: Path) -> Path:
+    folder.mkdir()
+    (folder / "config.yaml").write_text((files / "aligned" / "config.yaml").read_text())
+    return folder
+
+
+def test_what_is_distilled_must_be_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, ["tdm", "--out", str(tmp_path / "run")]) == 2
+    assert "Give --teacher RUN" in capsys.readouterr().err
