@@ -1,4 +1,4 @@
-"""`rlhf-img grpo` and `rlhf-img tdm`: train, measure, report."""
+"""`rlhf-img grpo`, `rlhf-img dpo` and `rlhf-img tdm`: train, measure, report."""
 
 import json
 import shlex
@@ -62,30 +62,59 @@ def grpo(
         "rewards": rewards, "model": model, "prompts": _text(prompts), "eval_prompts": _text(eval_prompts),
         "seed": seed,
     }  # fmt: skip
-    given = merge(load_yaml(config) if config else {}, {k: v for k, v in options.items() if v is not None})
-    given = merge(given, parse_overrides(settings or []))
-    if resume and out is None:
-        raise RlhfImgError("--resume needs --out with the folder of the run to go on with")
-    if not started():
+    given = _given(config, options, settings)
+    if not started() and (out is not None or not resume):
         launch(_processes(given, out if resume else None, processes))
     _run("grpo", given, out, resume, as_json)
 
 
-def _processes(given: dict[str, Any], resumed: Path | None, wanted: int | None) -> int:
-    """As many as wanted; else one a GPU, and without one, for the embedded model, one a core, if the work divides."""
-    import torch
+def dpo(
+    settings: Annotated[
+        list[str] | None, typer.Argument(metavar="[key=value ...]", help="Settings, such as `dpo.loss=dpo`.")
+    ] = None,
+    pairs: Annotated[
+        Path | None, typer.Option(metavar="DATA", help="Preference pairs: a Parquet file or a folder of them.")
+    ] = None,
+    columns: Annotated[
+        str | None, typer.Option(metavar="MAP", help='Other column names: "prompt=caption,image_0=jpg_0,...".')
+    ] = None,
+    rewards: Annotated[
+        str | None, typer.Option(metavar="SPEC", help="What held-out images are measured by; nothing trains on it.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help='"playground" (ships with the package), a diffusers folder, or a hub id.')
+    ] = None,
+    eval_prompts: Annotated[
+        Path | None, typer.Option(help="Held-out prompts [default: the playground's, or those of held-out pairs].")
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="A run file (YAML) with any settings.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The run's folder [default: runs/dpo-DATE-TIME].")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of everything random.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --out.")] = False,
+    show_settings: Annotated[bool, typer.Option("--settings", help="List every setting and stop.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Align a model on preference pairs, measure it before and after on held-out prompts, and write a report.
 
-    from rlhf_img.model.loading import PLAYGROUND
-    from rlhf_img.training.grpo import Config
+    Precedence: key=value over options over --config over defaults.
 
-    saved = load_yaml(resumed / "config.yaml")["config"] if resumed and (resumed / "config.yaml").exists() else {}
-    config = from_mapping(Config, merge(saved, given), "settings")
-    if wanted is not None:
-        config.check_processes(wanted)
-        return wanted
-    most = torch.cuda.device_count() or (torch.get_num_threads() if config.model == PLAYGROUND else 1)
-    most = 1 if config.grpo.updates > 1 else most
-    return max(n for n in range(1, most + 1) if config.grpo.prompts % n == 0)
+    Examples:
+
+        rlhf-img pairs make --out pairs && rlhf-img dpo --pairs pairs
+
+        rlhf-img dpo --pairs pairs dpo.loss=dpo steps=200
+
+        rlhf-img dpo --model krea/Krea-2-Raw --pairs pickapic.parquet
+        --columns prompt=caption,image_0=jpg_0,image_1=jpg_1,prefers_0=label_0
+    """
+    if show_settings:
+        _print_settings("dpo")
+        return
+    options = {
+        "pairs": _text(pairs), "columns": columns, "rewards": rewards, "model": model,
+        "eval_prompts": _text(eval_prompts), "seed": seed,
+    }  # fmt: skip
+    _run("dpo", _given(config, options, settings), out, resume, as_json)
 
 
 def tdm(
@@ -132,10 +161,7 @@ def tdm(
         "teacher": None if teacher == "none" else teacher, "rewards": rewards, "model": model,
         "prompts": _text(prompts), "eval_prompts": _text(eval_prompts), "seed": seed,
     }  # fmt: skip
-    given = merge(load_yaml(config) if config else {}, {k: v for k, v in options.items() if v is not None})
-    given = merge(given, parse_overrides(settings or []))
-    if resume and out is None:
-        raise RlhfImgError("--resume needs --out with the folder of the run to go on with")
+    given = _given(config, options, settings)
     if not resume:
         if teacher is None and "teacher" not in given:
             raise RlhfImgError("what is to be distilled? Give --teacher RUN, a LoRA's folder, or none (the bare model)")
@@ -143,6 +169,29 @@ def tdm(
 
         given = merge(teacher_settings(given.get("teacher")), given)
     _run("tdm", given, out, resume, as_json)
+
+
+def _given(config: Path | None, options: dict[str, Any], settings: list[str] | None) -> dict[str, Any]:
+    """What the user said: key=value over options over the run file."""
+    given = merge(load_yaml(config) if config else {}, {k: v for k, v in options.items() if v is not None})
+    return merge(given, parse_overrides(settings or []))
+
+
+def _processes(given: dict[str, Any], resumed: Path | None, wanted: int | None) -> int:
+    """As many as wanted; else one a GPU, and without one, for the embedded model, one a core, if the work divides."""
+    import torch
+
+    from rlhf_img.model.loading import PLAYGROUND
+    from rlhf_img.training.grpo import Config
+
+    saved = load_yaml(resumed / "config.yaml")["config"] if resumed and (resumed / "config.yaml").exists() else {}
+    config = from_mapping(Config, merge(saved, given), "settings")
+    if wanted is not None:
+        config.check_processes(wanted)
+        return wanted
+    most = torch.cuda.device_count() or (torch.get_num_threads() if config.model == PLAYGROUND else 1)
+    most = 1 if config.grpo.updates > 1 else most
+    return max(n for n in range(1, most + 1) if config.grpo.prompts % n == 0)
 
 
 def _run(algorithm: str, given: dict[str, Any], out: Path | None, resume: bool, as_json: bool) -> None:
@@ -153,6 +202,8 @@ def _run(algorithm: str, given: dict[str, Any], out: Path | None, resume: bool, 
     from rlhf_img.training import distributed
     from rlhf_img.training.loop import train
 
+    if resume and out is None:
+        raise RlhfImgError("--resume needs --out with the folder of the run to go on with")
     room = import_module(f"rlhf_img.training.{algorithm}")
     began = time.time()
     with distributed.joined():
@@ -224,5 +275,8 @@ def _print_result(console: Any, result: dict[str, Any], page: Path, seconds: flo
         )  # fmt: skip
     ratio = result["difference"]["diversity_ratio"]
     table.add_row("diversity", "1", f"{ratio['mean']:.2f}", f"ratio {ratio['low']:.2f} to {ratio['high']:.2f}")
+    if "high_freq_ratio" in result["difference"]:
+        ratio = result["difference"]["high_freq_ratio"]
+        table.add_row("fine detail", "1", f"{ratio['mean']:.2f}", f"ratio {ratio['low']:.2f} to {ratio['high']:.2f}")
     console.print(table)
     console.print(f"{seconds / 60:.1f} minutes. Report: {page}", soft_wrap=True)

@@ -51,6 +51,12 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
+def require_one(what: str) -> None:
+    """Raises RlhfImgError in a run of several processes."""
+    if world() > 1:
+        raise RlhfImgError(f"{what} runs in one process so far: start it without torchrun or accelerate")
+
+
 def is_first() -> bool:
     """Whether this is the process that writes."""
     return rank() == 0

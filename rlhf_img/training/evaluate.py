@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from rlhf_img.rewards import Reward
 from rlhf_img.training import distributed
 from rlhf_img.training.prompts import Prompt
 from rlhf_img.training.samples import Drawn, Progress, draw, draw_images, merge
-from rlhf_img.training.sentinels import diversity
+from rlhf_img.training.sentinels import diversity, high_frequency_energy
 
 EVAL_SEED = 7_000_000
 """First image seed of evaluations; far from those of rollouts, and the same for every run, so that runs compare."""
@@ -52,6 +52,8 @@ class Evaluation:
     """Kind of check -> 1 or 0 for each scored requirement of that kind."""
     diversity: list[float]
     """Mean distance between images of a prompt, for the first prompts."""
+    high_freq: list[float] = field(default_factory=list)
+    """Energy in the finest detail of each prompt's image; empty in what older versions wrote."""
 
 
 def evaluate(
@@ -77,11 +79,12 @@ def evaluate(
         guidance=config.guidance,
     )  # fmt: skip
     spread = distributed.gather_shares(diversity(varied.unflatten(0, (-1, each))))
+    detail = distributed.gather_shares(high_frequency_energy(drawn.images.tensor))
     whole = merge(parts)
-    return measure(whole, spread.tolist()), whole
+    return measure(whole, spread.tolist(), detail.tolist()), whole
 
 
-def measure(drawn: Drawn, diversity_P: list[float]) -> Evaluation:
+def measure(drawn: Drawn, diversity_P: list[float], high_freq_B: list[float]) -> Evaluation:
     """What is kept of an evaluation's images."""
     by_check: dict[str, list[float]] = {}
     shares = []
@@ -97,6 +100,7 @@ def measure(drawn: Drawn, diversity_P: list[float]) -> Evaluation:
         pass_requirement=shares,
         by_check=by_check,
         diversity=diversity_P,
+        high_freq=high_freq_B,
     )
 
 
@@ -110,11 +114,12 @@ def summarise(name: str, evaluation: Evaluation) -> dict[str, Any]:
         "rewards": {reward: interval(values) for reward, values in evaluation.rewards.items()},
         "unscored": {reward: int(np.isnan(_array(values)).sum()) for reward, values in evaluation.rewards.items()},
         "diversity": interval(evaluation.diversity),
+        "high_freq": interval(evaluation.high_freq),
     }
 
 
 def compare(before: Evaluation, after: Evaluation) -> dict[str, Any]:
-    """eval.json's `difference`: after minus before, paired by prompt; for diversity, their ratio."""
+    """eval.json's `difference`: after minus before, paired by prompt; for diversity and fine detail, their ratio."""
     return {
         "pass_all": interval(_array(after.pass_all) - _array(before.pass_all)),
         "pass_requirement": interval(_array(after.pass_requirement) - _array(before.pass_requirement)),
@@ -122,7 +127,14 @@ def compare(before: Evaluation, after: Evaluation) -> dict[str, Any]:
             name: interval(_array(values) - _array(before.rewards[name])) for name, values in after.rewards.items()
         },
         "diversity_ratio": ratio_interval(_array(after.diversity), _array(before.diversity)),
+        **_high_freq_ratio(before, after),
     }
+
+
+def _high_freq_ratio(before: Evaluation, after: Evaluation) -> dict[str, Any]:
+    if len(before.high_freq) != len(after.high_freq):
+        return {}
+    return {"high_freq_ratio": ratio_interval(_array(after.high_freq), _array(before.high_freq))}
 
 
 def interval(values: Sequence[float] | np.ndarray, resamples: int = 2000) -> dict[str, float | int | None]:

@@ -31,6 +31,8 @@ from rlhf_img.training.state import Trained, load_state, save_state
 from rlhf_img.training.trackers import NONE, Tracker, check_name
 
 _PLAYGROUND_PROMPTS = 4096
+_NOTED = {"pass": "rubric/pass_all", "accuracy": "pairs/accuracy", "winner": "pairs/winner_rise"}
+"""Metrics beside the progress bar, with their words there."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,6 +51,8 @@ class Job:
     """Trains one iteration, counted from 1, and returns its flat metrics."""
     card: Callable[[Drawn, Evaluation, Console], dict[str, Any]] | None = None
     """What else is measured once training is done, given what "after" drew and scored: written to card.json."""
+    notes: tuple[str, ...] = ()
+    """What a user should read before training begins."""
 
     @property
     def policy(self) -> Policy:
@@ -70,6 +74,8 @@ def train(job: Job, run: RunDir, console: Console) -> dict[str, Any]:
     """
     config = job.config
     first = _restore(job, run)
+    for note in job.notes:
+        console.print(note, highlight=False, soft_wrap=True)
     before = _evaluate_before(job, run, console)
     tracker_name = config.tracker if distributed.is_first() else NONE
     with _progress(console) as progress, Tracker(tracker_name, run.path) as tracker:
@@ -204,8 +210,7 @@ def _note(metrics: Mapping[str, float]) -> str:
         for name, value in metrics.items()
         if name.startswith("reward/") and name.endswith("/mean")
     }
-    if "rubric/pass_all" in metrics:
-        shown["pass"] = metrics["rubric/pass_all"]
+    shown |= {word: metrics[key] for word, key in _NOTED.items() if key in metrics}
     return "  ".join(f"{name} {value:.3f}" for name, value in shown.items())
 
 

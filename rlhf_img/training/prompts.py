@@ -81,13 +81,20 @@ def split_heldout(prompts: Sequence[Prompt], share: float, seed: int) -> tuple[l
 
 
 def draw(prompts: Sequence[Prompt], count: int, step: int, seed: int) -> list[Prompt]:
-    """The prompts of iteration `step`: every prompt once in random order, then again in another order.
+    """The prompts of iteration `step`, counted from 0, as `turns` says."""
+    return [prompts[i] for i in turns(len(prompts), count, step, seed)]
+
+
+def turns(total: int, count: int, step: int, seed: int) -> list[int]:
+    """Which `count` of `total` things iteration `step` gets: each once in random order, then again in another order.
 
     It depends on its arguments alone, so that a resumed run goes on as if it had not been stopped.
     """
+    orders: dict[int, np.ndarray] = {}
     drawn = []
     for place in range(step * count, (step + 1) * count):
-        epoch, index = divmod(place, len(prompts))
-        order = np.random.default_rng((seed, epoch)).permutation(len(prompts))
-        drawn.append(prompts[order[index]])
+        epoch, index = divmod(place, total)
+        if epoch not in orders:
+            orders[epoch] = np.random.default_rng((seed, epoch)).permutation(total)
+        drawn.append(int(orders[epoch][index]))
     return drawn

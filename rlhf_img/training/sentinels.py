@@ -30,6 +30,17 @@ def _high_frequency_share(grey_BHW: Tensor) -> Tensor:
     return (power[:, high].sum(1) / power.sum((1, 2)).clamp_min(1e-8)).mean()
 
 
+def high_frequency_energy(images_B3HW: Float[Tensor, "B 3 H W"]) -> Float[Tensor, " B"]:
+    """Variance of the brightness at radial frequencies above 1/3 cycle a pixel: fine grids, noise, hard edges.
+
+    In absolute units, unlike the share `high_freq`, which also moves with what an image shows at large.
+    """
+    grey = images_B3HW.float().mean(1)
+    power = torch.fft.fft2(grey).abs().square() / grey[0].numel() ** 2
+    fy, fx = (torch.fft.fftfreq(n, device=grey.device) for n in grey.shape[1:])
+    return power[:, torch.hypot(fy[:, None], fx[None, :]) > 1 / 3].sum(1)
+
+
 def diversity(images_PG3HW: Float[Tensor, "P G 3 H W"]) -> Float[Tensor, " P"]:
     """Mean distance between two images of a prompt: RMS over an 8 x 8 average of each, in [0, 1].
 

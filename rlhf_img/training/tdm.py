@@ -98,8 +98,7 @@ def teacher_settings(teacher: str | None) -> dict[str, Any]:
 
 def prepare(config: Config) -> tuple[Parts, Job]:
     """Loads and builds the parts of a run. Raises RlhfImgError for whatever the user can mend, before any work."""
-    if distributed.world() > 1:
-        raise RlhfImgError("TDM runs in one process so far: start it without torchrun or accelerate")
+    distributed.require_one("TDM")
     watched = watched_rewards(load_rewards(config.rewards), config)
     prompts, heldout = train_and_heldout(config)
     model = open_model(config)
