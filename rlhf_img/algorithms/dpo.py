@@ -59,10 +59,13 @@ class DPOConfig:
     beta_mean: float | None = None
     """Strength of the preference on errors averaged over dimensions (published: 2000 to 5000, and 100). None:
     measured. Divided by the latent's dimensions it is the beta of summed errors."""
-    calibration_steps: int = 10
-    """With `beta_mean` None: optimiser steps that a trial takes, which is then undone."""
+    calibration_steps: int = 3
+    """With `beta_mean` None: optimiser steps of a trial, which is then undone."""
+    calibration_drift: float = 0.01
+    """With `beta_mean` None: how far the policy may go before a typical pair is decided: drift, in shares of the
+    reference's error."""
     calibration_logit: float = 1.0
-    """With `beta_mean` None: |z| of a typical pair (root mean square) after the trial; 1 is a probability of 73 %."""
+    """With `beta_mean` None: |z| of a typical pair (root mean square) there; 1 is a probability of 73 %."""
     anchor: float = 1.0
     """stpo-anchor, stpo-mirror: extra weight of the winner where it has become worse than under the reference."""
     curvature: float = 1.0
@@ -93,8 +96,8 @@ class DPOConfig:
                 "dpo.pairs, dpo.draws and dpo.calibration_steps must be 1 or more":
                     min(self.pairs, self.draws, self.calibration_steps) >= 1,
                 "dpo.batch_size must be 2 or more: a pair is two images": self.batch_size >= 2,
-                "dpo.lr, dpo.calibration_logit and dpo.max_grad_norm must be above 0":
-                    min(self.lr, self.calibration_logit, self.max_grad_norm) > 0,
+                "dpo.lr, dpo.calibration_drift, dpo.calibration_logit and dpo.max_grad_norm must be above 0":
+                    min(self.lr, self.calibration_drift, self.calibration_logit, self.max_grad_norm) > 0,
                 "dpo.anchor and dpo.curvature must be 0 or more": min(self.anchor, self.curvature) >= 0,
                 "dpo.min_sigma must be 0 or more and below dpo.max_sigma, which is at most 1":
                     0 <= self.min_sigma < self.max_sigma <= 1,
@@ -322,24 +325,33 @@ def with_rises(means: Mapping[str, float]) -> dict[str, float]:
 def calibrated_beta(
     policy: Policy, trial: Sequence[Sequence[NoisedPairs]], measured: Sequence[NoisedPairs], config: DPOConfig
 ) -> float:
-    """`beta_mean` for which a typical pair is at |z| = `calibration_logit` after a trial, which is then undone.
+    """`beta_mean` for which a typical pair is at |z| = `calibration_logit` where the drift is `calibration_drift`.
 
-    The trial takes one step on each entry of `trial` with the loss -m: what DPO becomes for small beta, where
-    AdamW's steps do not depend on beta. What it moves by is the run's own scale: of the data, model and learning rate.
+    A trial, which is then undone, takes one step on each entry of `trial` with the loss -m: what DPO becomes for small
+    beta, where AdamW's steps do not depend on it. From the spread and the drift of `measured` after it, with the drift
+    D* = `calibration_drift` times the reference's error,
+
+        beta = 2 calibration_logit / spread*,    spread* = rms(m) sqrt(D* / D)
+
+    since near the reference m is linear in the velocities and D quadratic. So it depends on data and model, and hardly
+    on how large the trial's steps were. Raises FloatingPointError if the trial does not move or is not finite.
     """
     method = Method(lambda errors, beta, config: -errors.margin_B)
     kept = {name: p.detach().clone() for name, p in policy.parameters.items()}
     optimizer = torch.optim.AdamW(list(policy.parameters.values()), lr=config.lr, weight_decay=config.weight_decay)
     for batches in trial:
         update(policy, optimizer, batches, 1.0, config, method)
-    spread = float(measure(policy, measured, config).margin_B.square().mean().sqrt())
+    errors = measure(policy, measured, config)
+    drift = float((errors.winner_drift_B + errors.loser_drift_B).mean() / 2)
+    allowed = config.calibration_drift * float((errors.winner_ref_B + errors.loser_ref_B).mean() / 2)
+    spread = float(errors.margin_B.square().mean().sqrt())
     with torch.no_grad():
         for name, parameter in policy.parameters.items():
             parameter.copy_(kept[name])
             parameter.grad = None
-    if not (math.isfinite(spread) and spread > 0):
-        raise FloatingPointError(f"the margin's spread after a trial of {len(trial)} steps is {spread}")
-    return 2 * config.calibration_logit / spread
+    if not (math.isfinite(spread) and min(spread, drift) > 0):
+        raise FloatingPointError(f"after a trial of {len(trial)} steps the margin's spread is {spread}, drift {drift}")
+    return 2 * config.calibration_logit / spread * math.sqrt(drift / allowed)
 
 
 def _parts(batches: Sequence[NoisedPairs], config: DPOConfig) -> list[NoisedPairs]:

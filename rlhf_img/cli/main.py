@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from rlhf_img import __version__
-from rlhf_img.cli import align, doctor, export, look, playground, report, reward, rubric
+from rlhf_img.cli import align, doctor, export, look, pairs, playground, report, reward, rubric
 from rlhf_img.errors import RlhfImgError
 
 app = typer.Typer(
@@ -35,6 +35,7 @@ app.command("sample")(look.sample)
 app.command("eval")(look.evaluate)
 app.command("report")(report.report)
 app.command("doctor")(doctor.doctor)
+app.add_typer(pairs.app, name="pairs")
 app.add_typer(rubric.app, name="rubric")
 app.add_typer(reward.app, name="reward")
 app.add_typer(playground.app, name="playground")

@@ -96,10 +96,10 @@ def all_passed(sample: Sample) -> bool | None:
     return None if not verdicts or None in verdicts else True
 
 
-def data_uri(path: Path) -> str | None:
+def data_uri(file: Path | io.BytesIO) -> str | None:
     """The image as a data URI, at most 384 px a side; None if there is no readable image."""
     try:
-        with Image.open(path) as image:
+        with Image.open(file) as image:
             image.load()
             picture = image.convert("RGB")
     except OSError:

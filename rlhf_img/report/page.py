@@ -32,6 +32,19 @@ _EXPLAINED = {
     "norm": "TDM: what an image's loss is divided by",
     "critic/loss": "TDM: error of the critic; much of it is noise that no critic can predict",
     "critic/grad_norm": "TDM: the critic's gradient norm before clipping",
+    "pairs/margin": "implicit margin: how much further the policy has moved towards the winner than towards the loser",
+    "pairs/accuracy": "share of pairs with a margin above 0",
+    "pairs/decided": "mean probability that the winner wins",
+    "pairs/winner_rise": "winners' error against the reference's; above 0 they have become less likely",
+    "pairs/loser_rise": "losers' error against the reference's",
+    "pairs/drift": "mean squared distance of velocities from the reference's",
+    "pairs/loser_gradient": "share of the losers' gradient that the guard let through",
+    "heldout/accuracy": "share of held-out pairs with a margin above 0",
+    "heldout/winner_rise": "held-out winners' error against the reference's; above 0 they have become less likely",
+    "heldout/loser_rise": "held-out losers' error against the reference's",
+    "heldout/drift": "mean squared distance of velocities from the reference's, on held-out pairs",
+    "beta_mean": "strength of the preference, on errors averaged over dimensions",
+    "beta_sum": "strength of the preference, on summed errors",
     "loss": "not comparable between steps; no measure of quality",
     "judge/calls": "questions that the judge was asked",
     "judge/failed": "of these, without an answer: left unscored",
@@ -49,6 +62,7 @@ _EXPLAINED = {
 _GROUPS = {
     "Rewards": ("reward/", "rubric/"),
     "Sentinels: a drift here while rewards rise is a warning": ("sentinel/",),
+    "Pairs: a margin that grows while both images become less likely is divergence": ("pairs/", "heldout/"),
     "Judge": ("judge/",),
     "Optimisation": ("",),
 }
@@ -124,7 +138,7 @@ def build(run_dirs: Sequence[Path], out: Path | None = None) -> Path:
         raise RlhfImgError("a report needs at least one run directory")
     views = [_view(load_run(path), index) for index, path in enumerate(run_dirs)]
     target = out or (run_dirs[0] if len(run_dirs) == 1 else run_dirs[0].parent) / "report.html"
-    html = _environment().get_template("page.html.j2").render(views=views, chart_groups=_chart_groups(views))
+    html = environment().get_template("page.html.j2").render(views=views, chart_groups=_chart_groups(views))
     hidden = target.with_name(f".partial-{target.name}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -135,7 +149,8 @@ def build(run_dirs: Sequence[Path], out: Path | None = None) -> Path:
     return target
 
 
-def _environment() -> Environment:
+def environment() -> Environment:
+    """What templates are rendered with: everything escaped, nothing undefined."""
     environment = Environment(
         loader=PackageLoader("rlhf_img.report"),
         autoescape=True,

@@ -1,6 +1,6 @@
 """A run of preference optimisation: its settings, its parts, and one iteration."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -185,11 +185,9 @@ def split(pairs: list[EncodedPair], heldout: int) -> tuple[list[EncodedPair], li
 
     Raises RlhfImgError if there are too few prompts.
     """
-    prompts = list(dict.fromkeys(pair.prompt for pair in pairs))
+    sizes = Counter(pair.prompt for pair in pairs)
+    prompts = list(sizes)
     wanted, chosen, count = min(heldout, len(pairs) // 5), set[str](), 0
-    sizes = {prompt: 0 for prompt in prompts}
-    for pair in pairs:
-        sizes[pair.prompt] += 1
     for i in np.random.default_rng(_HELDOUT_SEED).permutation(len(prompts)):
         if count >= wanted:
             break
