@@ -193,7 +193,7 @@ def test_describe_leaves_out_what_it_does_not_know():
 def test_what_cannot_be_combined():
     with pytest.raises(RlhfImgError, match='did you mean "gdpo"'):
         advantages([reward("rubric")], torch.zeros(1, 2, 1), method="gpdo")
-    with pytest.raises(RlhfImgError, match="at least one must be an objective"):
+    with pytest.raises(RlhfImgError, match="no reward of this run is an objective; at least one must be"):
         advantages([reward("safe", role="gate")], torch.zeros(1, 2, 1))
     with pytest.raises(RlhfImgError, match="not all 0"):
         gdpo(torch.zeros(1, 2, 1), torch.zeros(1), FLOOR)

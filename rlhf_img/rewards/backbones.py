@@ -60,13 +60,14 @@ class Backbone:
     def preprocess(self, images_B3HW: Float[Tensor, "B 3 H W"]) -> dict[str, Tensor]:
         """What the model takes: the whole image at the model's size, nothing cropped, with its mean and deviation.
 
-        Pillow's filters as torch has them, which differ from Pillow by at most two of 255 levels, since Pillow rounds
-        in between. Not by an image processor: that of DINOv3 is only there with torchvision.
+        Pillow's filters as torch has them, one direction after the other with 8 bits in between, as Pillow does. Not by
+        an image processor: that of DINOv3 is only there with torchvision.
         """
         side = self.grid * self.patch
         smooth = {} if self.resample == "nearest-exact" else {"antialias": True, "align_corners": False}
-        x = F.interpolate(images_B3HW.float(), size=(side, side), mode=self.resample, **smooth)
-        x = x.clamp(0, 1).mul(255).round().div(255)  # Pillow's results are 8-bit
+        x = images_B3HW.float()
+        for size in ((x.shape[2], side), (side, side)):
+            x = F.interpolate(x, size=size, mode=self.resample, **smooth).clamp(0, 1).mul(255).round().div(255)
         x = (x - x.new_tensor(self.mean)[:, None, None]) / x.new_tensor(self.std)[:, None, None]
         if not self.flat:
             return {"pixel_values": x}
