@@ -1,5 +1,7 @@
 """The rubric reward: totals from the checks, the prompt's own rubric first, unscored where nothing can be said."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -25,8 +27,19 @@ def test_the_image_that_shows_what_is_asked_for_scores_higher():
     whole, half = scores.values_BK[:, 0].tolist()
     assert whole > 0.9 and half < 0.7
     result = scores.details["rubric"][1]
-    assert result.total == half and not result.passed
+    lowest = min(r.score for r in result.requirements)
+    assert half == pytest.approx((result.total + lowest) / 2) and not result.passed
     assert {r.passed for r in result.requirements} == {True, False}
+
+
+def test_worst_says_how_much_the_lowest_requirement_counts():
+    images = images_of(Scene(things=(RED, replace(RED, x=46)), background="white"))
+    totals = {w: rubric(["a large red circle on white"], images, worst=w)[0] for w in (0.0, 0.25, 1.0)}
+    lowest = min(r.score for r in totals[0.0].details.requirements)
+    assert totals[0.0].value == totals[0.0].details.total > 0.6 > lowest == totals[1.0].value
+    assert totals[0.25].value == pytest.approx(0.75 * totals[0.0].value + 0.25 * lowest)
+    with pytest.raises(RlhfImgError, match="between 0 and 1; got 1.5"):
+        rubric(["a red circle"], images, worst=1.5)
 
 
 def test_a_rubric_in_the_column_goes_before_the_prompt():

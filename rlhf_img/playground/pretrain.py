@@ -23,7 +23,7 @@ from rlhf_img.model.loading import SETTINGS_FILE
 from rlhf_img.model.vae import single_frame
 from rlhf_img.playground import build
 from rlhf_img.playground.captions import caption
-from rlhf_img.playground.data import FACT_SIZES, WRONG_CAPTIONS, example, facts, prompts
+from rlhf_img.playground.data import FACT_SIZES, example, facts, prompts
 from rlhf_img.playground.fit import FitConfig, fit
 from rlhf_img.playground.scene import SIZE, SPLITS, sample_scene
 
@@ -44,6 +44,9 @@ class PretrainConfig:
     """Examples a step of the text encoder and the DiT; the autoencoder takes a quarter of it."""
     drop: float = 0.1
     """Share of DiT batches without a caption, which is what guidance subtracts."""
+    wrong: float = 0.15
+    """Share of the DiT's examples with the caption of another image. Captions of training sets from the web are wrong
+    too: the model learns not to trust a prompt, which is what alignment, like guidance, puts right."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +160,7 @@ def make_cache(pipe: Krea2Pipeline, config: PretrainConfig, work: Path) -> Cache
     latents, by_length = [], defaultdict(list)
     with single_frame(pipe.vae):
         for start in track(range(0, config.scenes, 128), "latents and text features"):
-            items = [example(i, wrong_captions=WRONG_CAPTIONS) for i in range(start, start + 128)]
+            items = [example(i) for i in range(start, start + 128)]
             x = _pixels([e.image for e in items]).to(pipe.vae.device)
             z = (pipe.vae.encode(x[:, :, None]).latent_dist.mode()[:, :, 0] - mean) / std
             latents.append(pipe._pack_latents(z, *z.shape).cpu())
@@ -200,7 +203,9 @@ def train_dit(pipe: Krea2Pipeline, cache: Cache, config: PretrainConfig, work: P
         length = lengths[rng.choice(len(lengths), p=shares)]
         rows = torch.from_numpy(rng.integers(len(cache.members_B[length]), size=config.batch))
         x0 = cache.latents_BNC[cache.members_B[length][rows]]
-        text = cache.features_BLKD[length][rows].float()
+        others = torch.from_numpy(rng.integers(len(cache.members_B[length]), size=config.batch))
+        told = torch.where(torch.from_numpy(rng.random(config.batch) < config.wrong), others, rows)
+        text = cache.features_BLKD[length][told].float()
         if rng.random() < config.drop:
             text = cache.empty_LKD.expand(config.batch, -1, -1, -1)
         sigma = torch.sigmoid(torch.randn(config.batch, generator=noise) + 0.4)

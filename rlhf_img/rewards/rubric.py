@@ -20,16 +20,24 @@ def rubric(
     judge: Mapping[str, Any] | None = None,
     detector: Mapping[str, Any] | None = None,
     via: str | None = None,
+    worst: float = 0.5,
     **columns: object,
 ) -> list[Verdict]:
-    """The total of each image's rubric, in [0, 1]; the `RubricResult` with every requirement is in the details.
+    """How much of each image's rubric is met, in [0, 1]; the `RubricResult` with every requirement is in the details.
+
+    (1 - worst) total + worst (the lowest score of a requirement): a thing that is missing fails all that is said of it, a
+    wrong number only one line. The total alone therefore pays for drawing more than was asked for, and for one
+    requirement at the cost of another.
 
     rubrics: the rubric of each image's prompt where the data set has one; other prompts are decomposed (and kept).
     judge: settings of a judge model (the fields of `JudgeConfig`), which is asked what the checks cannot tell.
     detector: settings of an object detector (the fields of `DetectorConfig`), which is asked before the judge.
+    worst: in [0, 1], see above; 0 is the rubric's own total.
     via: who alone scores the requirements that do not say so themselves: "vlm" the judge, "detector", or "cv".
     Unscored where too much of a rubric could not be checked, or where nothing could be turned into a requirement.
     """
+    if not 0 <= worst <= 1:
+        raise RlhfImgError(f"reward rubric: `worst` is a share between 0 and 1; got {worst}")
     given = rubrics if rubrics is not None else [None] * len(prompts)
     own = [rubric_of(prompt) if one is None else one for prompt, one in zip(prompts, given, strict=True)]
     if via is not None:
@@ -37,7 +45,7 @@ def rubric(
         own = [_scored_by(one, via) for one in own]
     asked = None if judge is None else open_judge(from_mapping(JudgeConfig, judge, "judge"))
     finder = None if detector is None else open_detector(from_mapping(DetectorConfig, detector, "detector"))
-    return [_verdict(result) for result in rubric_room.score_all(own, list(images.arrays), asked, finder)]
+    return [_verdict(result, worst) for result in rubric_room.score_all(own, list(images.arrays), asked, finder)]
 
 
 rubric.range = (0.0, 1.0)  # type: ignore[attr-defined]
@@ -63,8 +71,9 @@ def _scored_by(one: Rubric, via: str) -> Rubric:
     return one.model_copy(update={"requirements": requirements})
 
 
-def _verdict(result: RubricResult) -> Verdict:
+def _verdict(result: RubricResult, worst: float) -> Verdict:
     if result.total is not None:
-        return Verdict(value=result.total, details=result)
+        lowest = min(r.score for r in result.requirements if r.score is not None)
+        return Verdict(value=(1 - worst) * result.total + worst * lowest, details=result)
     reason = "too little of the rubric could be checked" if result.requirements else "the rubric has no requirement"
     return Verdict(value=None, reason=reason, details=result)

@@ -12,7 +12,7 @@ from rlhf_img.config import versions
 from rlhf_img.model.conditioning import Conditioner
 from rlhf_img.model.loading import load
 from rlhf_img.model.vae import decode, encode
-from rlhf_img.playground.data import WRONG_CAPTIONS, example
+from rlhf_img.playground.data import example
 from rlhf_img.playground.pretrain import PretrainConfig
 from rlhf_img.rewards import Images, load_rewards
 from rlhf_img.rubrics import decompose, score
@@ -25,7 +25,7 @@ A Krea 2 in small, remade by `rlhf-img playground pretrain`. The stock `diffuser
 
 **Data.** Rendered scenes only (`rlhf_img/playground`): {scenes} for the diffusion transformer, of the training split;
 4 of 40 (colour, shape) pairs are never shown (split val), and 32 of the others not on one of the four backgrounds
-(split heldout). {wrong:.0%} of the captions describe a scene with one fact changed.
+(split heldout). {wrong:.0%} of the captions belong to other images.
 
 **Parts.** Text encoder {text_encoder:,} parameters, autoencoder {vae:,}, transformer {transformer:,}; bfloat16.
 
@@ -80,7 +80,7 @@ def write_card(folder: Path, config: PretrainConfig, scores: dict[str, Any]) -> 
     known = versions()
     parts = {n: sum(p.numel() for p in getattr(model, n).parameters()) for n in ("text_encoder", "vae", "transformer")}
     text = _TEMPLATE.format(
-        scenes=config.scenes, wrong=WRONG_CAPTIONS, recipe=yaml.safe_dump(dataclasses.asdict(config), sort_keys=False),
+        scenes=config.scenes, wrong=config.wrong, recipe=yaml.safe_dump(dataclasses.asdict(config), sort_keys=False),
         hardware=known["hardware"], torch=known["torch"], diffusers=known["diffusers"], **parts,
         rows="\n".join(f"| {t} | {v['mean']:.1%} ({v['low']:.1%} to {v['high']:.1%}) | {v['n']} |" for t, v in rows),
     )  # fmt: skip
