@@ -45,7 +45,10 @@ class _Target:
 
 def _parse_target(target: str) -> _Target | None:
     """None for what classical vision cannot recognise."""
-    *words, noun = lexicon.SHAPE_SYNONYMS.get(target, target).split(" ")
+    for name, shape in lexicon.SHAPE_SYNONYMS.items():
+        if target == name or target.endswith(f" {name}"):
+            target = target.removesuffix(name) + shape
+    *words, noun = target.split(" ")
     color = size = None
     for word in words:
         if color is None and knows(word):
@@ -54,7 +57,6 @@ def _parse_target(target: str) -> _Target | None:
             size = lexicon.SIZE_SYNONYMS.get(word, word)
         else:
             return None
-    noun = lexicon.SHAPE_SYNONYMS.get(noun, noun)
     return _Target(noun, color, size) if noun in OUTLINES else None
 
 
