@@ -384,3 +384,30 @@ def test_the_account_of_a_block_holds_what_judges_did_in_it(monkeypatch):
 def test_opening_the_room_loads_neither_torch_nor_a_client():
     code = "import sys, rlhf_img.judges; sys.exit(any(m in sys.modules for m in ('torch', 'httpx', 'transformers')))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_resumed_run_compares_with_the_same_first_answers(monkeypatch, tmp_path):
+    def started(answers):
+        """As in a new process: no judge is open, and the next one to be opened gives these answers."""
+        monkeypatch.setattr(loading, "_canaries", {})
+        monkeypatch.setattr(loading, "_baselines", {})
+        monkeypatch.setattr(loading, "_open", lambda config: FakeJudge(answer=lambda ask: next(answers)))
+        open_judge.cache_clear()
+
+    config, file = JudgeConfig(url="fake:", model="resumed", canary_every=3), tmp_path / "canaries.safetensors"
+    loading.save_canaries(file)
+    assert not file.exists()
+    started(iter([0.9, 0.1]))
+    open_judge(config).ask([ASK] * 2)
+    loading.save_canaries(file)
+    started(iter([0.5, 0.4, 0.1, 0.5]))  # one more question, then the three again: two from before, and this one
+    loading.load_canaries(file)
+    loading.save_canaries(tmp_path / "again")  # before the judge is asked
+    judge = open_judge(config)
+    judge.ask([ASK])
+    assert judge.usage.drift == [pytest.approx(Drift(change=(0.5 + 0 + 0) / 3, flipped=1 / 3))]
+    assert (tmp_path / "again").read_bytes() == file.read_bytes()
+    file.write_bytes(b"torn")
+    with pytest.raises(RlhfImgError, match="delete it"):
+        loading.load_canaries(file)
+    open_judge.cache_clear()
