@@ -17,7 +17,18 @@ import numpy as np
 import pytest
 
 from rlhf_img.errors import RlhfImgError, RunStopped
-from rlhf_img.judges import Ask, Canary, Drift, FakeJudge, JudgeConfig, accounted, canary, loading, open_judge
+from rlhf_img.judges import (
+    Ask,
+    Canary,
+    Drift,
+    FakeJudge,
+    JudgeConfig,
+    accounted,
+    canary,
+    loading,
+    only_model,
+    open_judge,
+)
 from rlhf_img.judges.openai import OpenAIJudge
 from rlhf_img.judges.protocol import Usage, p_yes_from_logprobs, verdict_of
 
@@ -307,6 +318,33 @@ def test_settings_that_cannot_work_are_user_errors(monkeypatch):
             open_judge(JudgeConfig(url=url, model="m"))
     with pytest.raises(ValueError, match="concurrency"):
         JudgeConfig(model="m", concurrency=0)
+
+
+def test_a_server_with_one_model_need_not_be_told_which(monkeypatch):
+    monkeypatch.setenv("MY_KEY", "sk-secret")
+    replies = {"one": {"data": [{"id": "eye-1", "object": "model"}]}, "two": {"data": [{"id": "a"}, {"id": "b"}]},
+               "none": {"data": []}, "wrong": {"models": ["eye-1"]}}  # fmt: skip
+
+    class Listing(Handler):
+        def do_GET(self) -> None:
+            self.server.headers.append(dict(self.headers))
+            kind = self.path.split("/")[1]
+            if kind == "refused":
+                return self.send(401, b"wrong key sk-secret")
+            return self.send(200, json.dumps(replies[kind]).encode())
+
+    with serving(lambda h, body, n: completion()) as server:
+        server.RequestHandlerClass = Listing
+        root = f"http://127.0.0.1:{server.server_address[1]}"
+        assert only_model(f"{root}/one", "MY_KEY") == "eye-1"
+        assert server.headers[0]["Authorization"] == "Bearer sk-secret"
+        for kind, said in (("two", "it has a, b"), ("none", "it names none"), ("wrong", "no list of models")):
+            with pytest.raises(RlhfImgError, match=f"{said}.*"):
+                only_model(f"{root}/{kind}")
+        with pytest.raises(RlhfImgError, match="--judge-model NAME") as refused:
+            only_model(f"{root}/refused", "MY_KEY")
+    assert "sk-secret" not in str(refused.value)
+    assert only_model("fake:") == "fake"
 
 
 def test_the_same_config_gives_the_same_judge_and_the_fake_one_needs_no_model():

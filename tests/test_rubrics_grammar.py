@@ -18,7 +18,10 @@ def facts(prompt):
     ("prompt", "expected"),
     [
         ("a red circle", {"circle", "exactly 1 circle", "circle is red"}),
-        ("a pair of tiny cyan plus signs", {"plus sign", "exactly 2 plus sign", "plus sign is cyan", "plus sign is small"}),
+        (
+            "a pair of tiny cyan plus signs",
+            {"plus sign", "exactly 2 plus sign", "plus sign is cyan", "plus sign is small"},
+        ),
         ("an image of 3 boxes against a gray background", {"box", "exactly 3 box", "grey background"}),
         ("discs on brown", {"disc", "brown background"}),
         (

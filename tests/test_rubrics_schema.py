@@ -50,6 +50,7 @@ def test_words_that_yaml_would_misread_survive_dump_and_load(prompt):
             "a -> b -> c -> a",
         ),
         ("- {id: a, check: vqa, ask: x, weight: 0}", "greater than 0"),
+        ("- {id: a, check: object, target: cat, via: ocr}", "via: ocr reads text"),
         ("- {id: a, check: count, target: cat, equals: 1, expect: absent}", "expect: absent"),
     ],
 )
@@ -103,6 +104,7 @@ def test_custom_check_by_file_is_allowed_and_permits_are_collected():
         ("- {id: a, id: b, check: vqa, ask: x}", "4:11: error: id is given twice"),
         ("- {id: a, check: objct, target: cat}", '4:3: error: requirements.0: no check is called objct; did you'),
         ("- {id: a, check: vqa, ask: x, needs: [b]}", "error: a needs b, which no requirement is"),
+        ("- {id: a, check: vqa, ask: x, via: detector}", "4:36: warning: a detector cannot tell vqa"),
         ("- {id: a, check: vqa, ask: x", "error: not valid YAML"),
         ("  []", "warning: there are no requirements"),
     ],

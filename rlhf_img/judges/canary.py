@@ -17,7 +17,7 @@ TOLERANCE = 0.1
 
 @dataclass(frozen=True, kw_only=True)
 class Baseline:
-    """A canary's questions with their first answers, and how many questions the judge got since they were last asked."""
+    """A canary's questions with their first answers, and how many others were asked since they last were."""
 
     kept: tuple[tuple[Ask, float], ...]
     since: int

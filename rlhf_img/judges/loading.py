@@ -122,6 +122,19 @@ def _metrics(pairs: list[tuple[Usage, Usage]]) -> dict[str, float]:
     return found
 
 
+def only_model(url: str, api_key_env: str | None = None) -> str:
+    """What the server calls its model. Raises RlhfImgError if it does not answer, has none, or has several."""
+    if url == FAKE_URL:
+        return "fake"
+    with _client_needed():
+        from rlhf_img.judges.openai import served_models
+    names = served_models(url, api_key_env)
+    if len(names) == 1:
+        return names[0]
+    has = f"it has {', '.join(names[:20])}" if names else "it names none"
+    raise RlhfImgError(f"say which model of {url} is to judge (--judge-model NAME): {has}")
+
+
 def _open(config: JudgeConfig) -> Judge:
     if config.url == FAKE_URL:
         return FakeJudge(max_failed=config.max_failed)
@@ -129,9 +142,15 @@ def _open(config: JudgeConfig) -> Judge:
         from rlhf_img.judges.local import LocalJudge
 
         return LocalJudge.load(config)
-    try:
+    with _client_needed():
         from rlhf_img.judges.openai import OpenAIJudge
+    return OpenAIJudge(config)
+
+
+@contextmanager
+def _client_needed() -> Iterator[None]:
+    try:
+        yield
     except ModuleNotFoundError as error:
         missing = f"a judge server needs {error.name}, which is not installed"
         raise RlhfImgError(f"{missing}: pip install 'rlhf-img[judge]'") from error
-    return OpenAIJudge(config)

@@ -268,9 +268,14 @@ def text_similarity(wanted: str, read: str, *, extra_text: str = "penalize") -> 
 
 def check_text(requirement: Requirement, analysis: Analysis) -> CheckResult:
     """That the image shows the words, and by default no others. Only the whole text, letter by letter, passes."""
-    assert isinstance(requirement.equals, str)
     read, confidence = analysis.text
-    boxes = (analysis.text_box,) if analysis.text_box else ()
+    boxes = tuple(line.box for line in analysis.lines) if read else ()
+    return text_result(requirement, read, confidence, boxes)
+
+
+def text_result(requirement: Requirement, read: str, confidence: float, boxes: tuple[Box, ...]) -> CheckResult:
+    """The result where `read` was read in `boxes`."""
+    assert isinstance(requirement.equals, str)
     similarity = text_similarity(requirement.equals, read, extra_text=requirement.extra_text)
     score = 0.5 + 0.5 * confidence if similarity == 1 else 0.5 * similarity
     return CheckResult(score=score, evidence=f"reads {read!r}" if read else "no text found", boxes=boxes)

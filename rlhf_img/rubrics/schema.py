@@ -87,6 +87,8 @@ class Requirement(_Model):
             raise ValueError(problem)
         if self.expect == "absent" and self.check not in ("object", "style", "vqa"):
             raise ValueError(f"expect: absent fits the checks object, style and vqa, not {self.check}")
+        if self.via == "ocr" and self.check != "text":
+            raise ValueError(f"via: ocr reads text; the check {self.check} takes via: cv, detector or vlm")
         self._equals_has_right_type()
         return self
 
