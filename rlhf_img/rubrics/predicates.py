@@ -20,12 +20,12 @@ is worn every verb does ("a man in a hat sitting")."""
 
 def relation(parse: Parse) -> bool:
     """A relation between the group just read and the one that follows; without the former it waits for it."""
-    joined = parse.before() == "and"
+    joined, leads = parse.before() == "and", parse.before() == ","
     phrase = None if BOUNDS.at(parse.words, parse.at) else parse.accept(RELATIONS)
     if phrase is None:
         return False
     if parse.accept_word(_POINTERS) or (parse.part(parse.at + 1) not in _NOUNLIKE and parse.accept_word(("her",))):
-        return _to_pronoun(parse, phrase)
+        return _to_pronoun(parse, phrase, leads=leads)
     start = parse.at
     if parse.words[start : start + 1] == ["the"]:
         start += 1
@@ -81,8 +81,14 @@ def _goes_on_with_subject(parse: Parse, subjects: list[int], relation: str, othe
     )
 
 
-def _to_pronoun(parse: Parse, phrase: str) -> bool:
-    """ "a truck with a man leaning on it": a relation to what was named before; after quoted words nothing new."""
+def _to_pronoun(parse: Parse, phrase: str, *, leads: bool) -> bool:
+    """ "a truck with a man leaning on it": a relation to what was named before; after quoted words nothing new.
+
+    leads: what it is said of follows, as in ", below it a boat".
+    """
+    if leads and parse.topic:
+        parse.pending.append((lexicon.ALL_RELATIONS[phrase], parse.topic[-1]))
+        return True
     if any(parse.part(parse.at - back) is Part.QUOTE for back in (3, 4, 5)):
         return True
     others = [place for place in parse.topic if place not in parse.subjects]
