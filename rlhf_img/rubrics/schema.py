@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from importlib.metadata import entry_points
 from typing import Annotated, Literal
@@ -129,6 +129,20 @@ class Gate(_Model):
     cap: Fraction
 
 
+def graph_problems(rows: Sequence[tuple[str, Sequence[str]]]) -> Iterator[tuple[int, str, str]]:
+    """What is wrong between requirements, given as id and needs: the place of one, its field, and how to mend it."""
+    ids = [name for name, _ in rows]
+    for i, (name, needs) in enumerate(rows):
+        if name in ids[:i]:
+            yield i, "id", f"two requirements share the id {name}; ids must be unique"
+        for need in needs:
+            if need not in ids:
+                yield i, "needs", f"{name} needs {need}, which no requirement is; {did_you_mean(need, ids)}"
+    known = {name: tuple(need for need in needs if need in ids) for name, needs in rows}
+    if cycle := _find_cycle(known):
+        yield ids.index(cycle[0]), "needs", f"needs go in a circle: {' -> '.join(cycle)}; remove one of them"
+
+
 def prompt_sha(prompt: str) -> str:
     """Short hash by which a prompt is found again."""
     return hashlib.sha256(prompt.encode()).hexdigest()[:12]
@@ -174,17 +188,9 @@ class Rubric(_Model):
             ids.append(requirement.id)
         else:
             return self  # each is new and needs only what stands before it, as in most rubrics
-        ids = [r.id for r in self.requirements]
-        if twice := sorted({i for i in ids if ids.count(i) > 1}):
-            raise ValueError(f"two requirements share the id {', '.join(twice)}; ids must be unique")
-        for requirement in self.requirements:
-            for need in requirement.needs:
-                if need not in ids:
-                    raise ValueError(
-                        f"{requirement.id} needs {need}, which no requirement is; {did_you_mean(need, ids)}"
-                    )
-        if cycle := _find_cycle({r.id: r.needs for r in self.requirements}):
-            raise ValueError(f"needs go in a circle: {' -> '.join(cycle)}; remove one of them")
+        problem = next(graph_problems([(r.id, r.needs) for r in self.requirements]), None)
+        if problem is not None:
+            raise ValueError(problem[2])
         return self
 
     @property
