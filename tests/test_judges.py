@@ -17,7 +17,18 @@ import numpy as np
 import pytest
 
 from rlhf_img.errors import RlhfImgError, RunStopped
-from rlhf_img.judges import Ask, Canary, Drift, FakeJudge, JudgeConfig, accounted, canary, loading, open_judge
+from rlhf_img.judges import (
+    Ask,
+    Canary,
+    Drift,
+    FakeJudge,
+    JudgeConfig,
+    accounted,
+    canary,
+    loading,
+    only_model,
+    open_judge,
+)
 from rlhf_img.judges.openai import OpenAIJudge
 from rlhf_img.judges.protocol import Usage, p_yes_from_logprobs, verdict_of
 
@@ -309,6 +320,33 @@ def test_settings_that_cannot_work_are_user_errors(monkeypatch):
         JudgeConfig(model="m", concurrency=0)
 
 
+def test_a_server_with_one_model_need_not_be_told_which(monkeypatch):
+    monkeypatch.setenv("MY_KEY", "sk-secret")
+    replies = {"one": {"data": [{"id": "eye-1", "object": "model"}]}, "two": {"data": [{"id": "a"}, {"id": "b"}]},
+               "none": {"data": []}, "wrong": {"models": ["eye-1"]}}  # fmt: skip
+
+    class Listing(Handler):
+        def do_GET(self) -> None:
+            self.server.headers.append(dict(self.headers))
+            kind = self.path.split("/")[1]
+            if kind == "refused":
+                return self.send(401, b"wrong key sk-secret")
+            return self.send(200, json.dumps(replies[kind]).encode())
+
+    with serving(lambda h, body, n: completion()) as server:
+        server.RequestHandlerClass = Listing
+        root = f"http://127.0.0.1:{server.server_address[1]}"
+        assert only_model(f"{root}/one", "MY_KEY") == "eye-1"
+        assert server.headers[0]["Authorization"] == "Bearer sk-secret"
+        for kind, said in (("two", "it has a, b"), ("none", "it names none"), ("wrong", "no list of models")):
+            with pytest.raises(RlhfImgError, match=f"{said}.*"):
+                only_model(f"{root}/{kind}")
+        with pytest.raises(RlhfImgError, match="--judge-model NAME") as refused:
+            only_model(f"{root}/refused", "MY_KEY")
+    assert "sk-secret" not in str(refused.value)
+    assert only_model("fake:") == "fake"
+
+
 def test_the_same_config_gives_the_same_judge_and_the_fake_one_needs_no_model():
     config = JudgeConfig(url="fake:", model="any")
     assert open_judge(config) is open_judge(config)
@@ -384,3 +422,30 @@ def test_the_account_of_a_block_holds_what_judges_did_in_it(monkeypatch):
 def test_opening_the_room_loads_neither_torch_nor_a_client():
     code = "import sys, rlhf_img.judges; sys.exit(any(m in sys.modules for m in ('torch', 'httpx', 'transformers')))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_resumed_run_compares_with_the_same_first_answers(monkeypatch, tmp_path):
+    def started(answers):
+        """As in a new process: no judge is open, and the next one to be opened gives these answers."""
+        monkeypatch.setattr(loading, "_canaries", {})
+        monkeypatch.setattr(loading, "_baselines", {})
+        monkeypatch.setattr(loading, "_open", lambda config: FakeJudge(answer=lambda ask: next(answers)))
+        open_judge.cache_clear()
+
+    config, file = JudgeConfig(url="fake:", model="resumed", canary_every=3), tmp_path / "canaries.safetensors"
+    loading.save_canaries(file)
+    assert not file.exists()
+    started(iter([0.9, 0.1]))
+    open_judge(config).ask([ASK] * 2)
+    loading.save_canaries(file)
+    started(iter([0.5, 0.4, 0.1, 0.5]))  # one more question, then the three again: two from before, and this one
+    loading.load_canaries(file)
+    loading.save_canaries(tmp_path / "again")  # before the judge is asked
+    judge = open_judge(config)
+    judge.ask([ASK])
+    assert judge.usage.drift == [pytest.approx(Drift(change=(0.5 + 0 + 0) / 3, flipped=1 / 3))]
+    assert (tmp_path / "again").read_bytes() == file.read_bytes()
+    file.write_bytes(b"torn")
+    with pytest.raises(RlhfImgError, match="delete it"):
+        loading.load_canaries(file)
+    open_judge.cache_clear()

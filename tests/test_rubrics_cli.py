@@ -31,7 +31,7 @@ def test_decompose_a_file_and_show_it(tmp_path):
     assert call("decompose", "--prompts", prompts, "--out", out).exit_code == 0
     assert len(load_rubrics(out)) == 2
     shown = call("show", out).stdout
-    assert "exactly 2 square" in shown and "square_count" in shown and "[bold]" in shown
+    assert "exactly 2 box" in shown and "box_count" in shown and "[bold]" in shown
 
 
 @pytest.mark.parametrize("content", ["", "\n \n"])

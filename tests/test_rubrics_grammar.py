@@ -6,6 +6,7 @@ import pytest
 from rlhf_img.playground.captions import caption
 from rlhf_img.playground.scene import sample_scene
 from rlhf_img.rubrics import decompose
+from rlhf_img.rubrics.lexicon import SHAPE_SYNONYMS
 from rlhf_img.rubrics.scoring import describe
 
 
@@ -17,9 +18,12 @@ def facts(prompt):
     ("prompt", "expected"),
     [
         ("a red circle", {"circle", "exactly 1 circle", "circle is red"}),
-        ("a pair of tiny cyan plus signs", {"cross", "exactly 2 cross", "cross is cyan", "cross is small"}),
-        ("an image of 3 boxes against a gray background", {"square", "exactly 3 square", "grey background"}),
-        ("discs on brown", {"circle", "brown background"}),
+        (
+            "a pair of tiny cyan plus signs",
+            {"plus sign", "exactly 2 plus sign", "plus sign is cyan", "plus sign is small"},
+        ),
+        ("an image of 3 boxes against a gray background", {"box", "exactly 3 box", "grey background"}),
+        ("discs on brown", {"disc", "brown background"}),
         (
             "a big green star beneath a disc",
             {
@@ -27,9 +31,9 @@ def facts(prompt):
                 "exactly 1 star",
                 "star is green",
                 "star is large",
-                "circle",
-                "exactly 1 circle",
-                "star below circle",
+                "disc",
+                "exactly 1 disc",
+                "star below disc",
             },
         ),
         ("a red star and a blue star", {"red star", "exactly 1 red star", "blue star", "exactly 1 blue star"}),
@@ -45,9 +49,9 @@ def facts(prompt):
         ("without cats or dogs", {"no cat", "no dog"}),
         ('the word "SUN"', {'text reads "SUN"'}),
         ("a bus, grainy film", {"bus", "exactly 1 bus", "film grain"}),
-        ("glasses in soft focus", {"glass", "soft focus"}),
+        ("glasses in soft focus", {"glasses", "soft focus"}),
         ("a cat, no film grain", {"cat", "exactly 1 cat", "no film grain"}),
-        ("a box, dark vignette corners", {"square", "exactly 1 square", "vignette"}),
+        ("a box, dark vignette corners", {"box", "exactly 1 box", "vignette"}),
         ("grey", set()),
     ],
 )
@@ -104,8 +108,10 @@ def test_every_playground_caption_is_covered_and_complete():
             )
             assert [r.equals for r in rubric.requirements if r.check == "style"] == [scene.style] * bool(scene.style)
             colors = {(r.equals, r.target) for r in rubric.requirements if r.check == "color"}
-            named = {tuple(r.target.split(" ")[-2:]) for r in rubric.requirements if r.target and " " in r.target}
-            assert set(kinds) <= colors | named, text
+            named = {tuple(r.target.split(" ", 1)) for r in rubric.requirements if r.target and " " in r.target}
+            named |= {tuple(name.split(" ", 1)) for _, name in named if " " in name}  # "small red star"
+            found = {(color, SHAPE_SYNONYMS.get(noun, noun)) for color, noun in colors | named}
+            assert set(kinds) <= found, text
 
 
 @pytest.mark.parametrize(

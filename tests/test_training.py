@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from test_judges import FAULTS, completion, serving
 from tiny import PROMPTS, save_tiny
 
 from rlhf_img.cli.main import main
@@ -190,6 +191,49 @@ def test_what_the_judge_did_is_in_every_row_and_its_id_in_every_score(
     assert drifts == [0.0] and "judge/seconds_p95" in lines(out)[0]
     samples = json.loads((out / "samples" / "after" / "samples.json").read_text())
     assert all(r["evidence"].startswith("fake: P(yes)") for s in samples for r in s["requirements"])
+
+
+def run_with_server(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: Any, **settings: Any
+) -> int:
+    """Two iterations whose rubrics a server judges."""
+    (tmp_path / "prompts.txt").write_text("a red cat\na dog\n")
+    judge = {"url": f"http://127.0.0.1:{server.server_address[1]}/v1", "model": "eye", "attempts": 1} | settings
+    reward = {"reward": "rubric", "options": {"judge": judge}}
+    (tmp_path / "run.yaml").write_text(json.dumps({"rewards": [reward]}))
+    words = [
+        "grpo", "--model", str(files / "model"), "--prompts", str(tmp_path / "prompts.txt"), "--eval-prompts",
+        str(tmp_path / "prompts.txt"), "--config", str(tmp_path / "run.yaml"), "--out", str(tmp_path / "run"), *SMALL,
+        "steps=2",
+    ]  # fmt: skip
+    return run(monkeypatch, words)
+
+
+def test_a_run_goes_on_with_unscored_values_while_a_judge_misbehaves(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    faults = [FAULTS[name][0] for name in ("500", "disconnect", "half-written JSON", "wrong schema", "drip")]
+
+    def reply(handler: Any, body: dict[str, Any], n: int) -> Any:
+        if n % 5:
+            return completion(top={"Yes": 0.2 + 0.5 * (n % 2), "No": 0.1})
+        return faults[n // 5 % len(faults)](handler, body, n)
+
+    with serving(reply) as server:
+        settings = {"max_failed": 0.9, "timeout_s": 1.0, "canary_every": 0}
+        assert run_with_server(files, tmp_path, monkeypatch, server, **settings) == 0
+    rows = lines(tmp_path / "run")
+    assert len(rows) == 2 and all(math.isfinite(row["loss"]) for row in rows)
+    assert sum(row["judge/failed"] for row in rows) >= 4 and all(row["judge/failed"] < 15 for row in rows)
+
+
+def test_a_run_stops_where_its_judge_fails_too_often(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with serving(lambda h, body, n: completion(top={"Yes": 0.8}) if n <= 10 else h.send(500, b"boom")) as server:
+        assert run_with_server(files, tmp_path, monkeypatch, server, max_failed=0.3) == 3
+    said = capsys.readouterr().err
+    assert "more than the 30% that max_failed allows" in " ".join(said.split()) and "HTTP 500" in said
 
 
 @pytest.mark.parametrize(

@@ -35,12 +35,12 @@ def doctor(
 ) -> None:
     """Say what this machine can do and, with a judge, measure it: speed, noise, and agreement with the exact checks.
 
-    Example: rlhf-img doctor --judge-url http://localhost:8000/v1 --judge-model Qwen/Qwen3-VL-8B-Instruct
+    Example: rlhf-img doctor --judge-url http://localhost:8000/v1
     """
-    options.require_model(judge_model, judge_url)
     found = {"machine": _machine()}
-    if judge_model is not None:
-        found["judge"] = _judge(judge_model, judge_url, judge_key_env, images)
+    model = options.model_of(judge_model, judge_url, judge_key_env)
+    if model is not None:
+        found["judge"] = _judge(model, judge_url, judge_key_env, images)
     if as_json:
         typer.echo(json.dumps(found, indent=2))
         return

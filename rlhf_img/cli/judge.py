@@ -4,8 +4,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rlhf_img.errors import RlhfImgError
-
 if TYPE_CHECKING:
     from rlhf_img.judges import Judge
 
@@ -14,7 +12,11 @@ Url = Annotated[
 ]
 Model = Annotated[
     str | None,
-    typer.Option("--judge-model", help='Its model; without --judge-url a folder, hub id or "playground", run here.'),
+    typer.Option(
+        "--judge-model",
+        help='Its model, which a server that has only one need not be told; without --judge-url a folder, hub id or '
+        '"playground", run here.',
+    ),
 ]
 KeyEnv = Annotated[
     str | None,
@@ -22,17 +24,34 @@ KeyEnv = Annotated[
 ]
 
 
-def require_model(model: str | None, url: str | None) -> None:
-    """Raises RlhfImgError for a server without a model."""
-    if url is not None and model is None:
-        raise RlhfImgError("--judge-url needs --judge-model: the name that the server gives its model")
+Votes = Annotated[
+    int,
+    typer.Option("--judge-votes", help="Samples a question, for a server that gives no token probabilities.", min=0),
+]
+Concurrency = Annotated[
+    int, typer.Option("--judge-concurrency", help="Requests in flight at a time; questions in a batch here.", min=1)
+]
 
 
-def open_given(model: str | None, url: str | None, key_env: str | None) -> "Judge | None":
-    """The judge of the options, None without a model. Raises RlhfImgError if it cannot be opened."""
-    require_model(model, url)
-    if model is None:
+def model_of(model: str | None, url: str | None, key_env: str | None) -> str | None:
+    """The model of the options, or the only one that the server has; None if no judge is given.
+
+    Raises RlhfImgError if the server does not say, or has several.
+    """
+    if model is not None or url is None:
+        return model
+    from rlhf_img.judges import only_model
+
+    return only_model(url, key_env)
+
+
+def open_given(
+    model: str | None, url: str | None, key_env: str | None, votes: int = 0, concurrency: int = 32
+) -> "Judge | None":
+    """The judge of the options, None if none is given. Raises RlhfImgError if it cannot be opened."""
+    name = model_of(model, url, key_env)
+    if name is None:
         return None
     from rlhf_img.judges import JudgeConfig, open_judge
 
-    return open_judge(JudgeConfig(model=model, url=url, api_key_env=key_env))
+    return open_judge(JudgeConfig(model=name, url=url, api_key_env=key_env, votes=votes, concurrency=concurrency))

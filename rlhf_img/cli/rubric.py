@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from rlhf_img.rubrics.detector import Detector
+    from rlhf_img.rubrics.vision import Box
 
 app = typer.Typer(
     help="Prompts as verifiable requirements: new, decompose, lint, show, score.",
@@ -44,6 +45,7 @@ def decompose(
     judge_url: options.Url = None,
     judge_model: options.Model = None,
     judge_key_env: options.KeyEnv = None,
+    judge_concurrency: options.Concurrency = 32,
     cache: Annotated[
         Path | None, typer.Option(help="A folder with a file for each prompt; files that you edit win.", metavar="DIR")
     ] = None,
@@ -60,7 +62,7 @@ def decompose(
         raise RlhfImgError("no prompt was given; expected one or more in quotes, or --prompts FILE")
     if decomposer == "grammar" and (judge_model or judge_url):
         raise RlhfImgError("the grammar asks no judge; give --decomposer llm, or leave the judge out")
-    judge = options.open_given(judge_model, judge_url, judge_key_env)
+    judge = options.open_given(judge_model, judge_url, judge_key_env, concurrency=judge_concurrency)
     found = rubrics.decompose_all(texts, decomposer, judge=judge, cache=cache, say=partial(typer.echo, err=True))
     for text, result in zip(texts, found, strict=True):
         if result.uncovered:
@@ -183,6 +185,8 @@ def score(
     judge_url: options.Url = None,
     judge_model: options.Model = None,
     judge_key_env: options.KeyEnv = None,
+    judge_votes: options.Votes = 0,
+    judge_concurrency: options.Concurrency = 32,
     detector: Annotated[
         str | None,
         typer.Option(help="A folder or the name of an OWLv2, OWL-ViT or Grounding DINO, asked before the judge."),
@@ -202,7 +206,7 @@ def score(
     """
     pixels = _read_image(image)
     loaded = rubrics.load_rubrics(path)
-    judge = options.open_given(judge_model, judge_url, judge_key_env)
+    judge = options.open_given(judge_model, judge_url, judge_key_env, judge_votes, judge_concurrency)
     finder = _open_detector(detector, detector_threshold)
     results = rubrics.score_all(loaded, [pixels] * len(loaded), judge, finder)
     if as_json:
@@ -236,6 +240,12 @@ def _read_image(path: Path) -> "npt.NDArray[np.uint8]":
         raise RlhfImgError(f"{path}: cannot be read as an image: {error}") from error
 
 
+def _percent(box: "Box") -> str:
+    """A box in percent of the image: "x 10-30 %, y 40-55 %"."""
+    left, top, right, bottom = (round(100 * side) for side in box)
+    return f"x {left}-{right} %, y {top}-{bottom} %"
+
+
 def _score_table(prompt: str, result: rubrics.RubricResult) -> Table:
     total = "unscored" if result.total is None else f"{result.total:.2f}, {'pass' if result.passed else 'fail'}"
     table = Table(title=escape(f"{prompt}: {total}"), title_justify="left")
@@ -244,5 +254,6 @@ def _score_table(prompt: str, result: rubrics.RubricResult) -> Table:
     for r in result.requirements:
         value = "unscored" if r.score is None else f"{r.score:.2f}"
         verdict = {True: "[green]pass[/]", False: "[red]fail[/]", None: ""}[r.passed]
-        table.add_row(escape(r.id), escape(r.text), value, verdict, escape(r.evidence))
+        where = "".join(f"\nat {_percent(box)}" for box in r.boxes)
+        table.add_row(escape(r.id), escape(r.text), value, verdict, escape(r.evidence + where))
     return table

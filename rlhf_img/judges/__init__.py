@@ -10,7 +10,7 @@ Nothing here imports torch or an HTTP client before a judge that needs it is ope
 
 from rlhf_img.judges.canary import Canary
 from rlhf_img.judges.fake import FakeJudge
-from rlhf_img.judges.loading import COUNTS, accounted, open_judge
+from rlhf_img.judges.loading import COUNTS, accounted, load_canaries, only_model, open_judge, save_canaries
 from rlhf_img.judges.protocol import Answer, Ask, Drift, Judge, JudgeConfig, Message, Reply, Usage
 
 __all__ = [
@@ -26,5 +26,8 @@ __all__ = [
     "Reply",
     "Usage",
     "accounted",
+    "load_canaries",
+    "only_model",
     "open_judge",
+    "save_canaries",
 ]

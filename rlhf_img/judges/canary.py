@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rlhf_img.judges.protocol import Answer, Ask, Drift, Judge, Message, Reply, Usage
@@ -15,6 +15,14 @@ TOLERANCE = 0.1
 """Mean absolute change of P(yes) from which on it is logged as a warning."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Baseline:
+    """A canary's questions with their first answers, and how many others were asked since they last were."""
+
+    kept: tuple[tuple[Ask, float], ...]
+    since: int
+
+
 class Canary:
     """A judge that keeps its first answers and asks the same questions again after every `every` questions.
 
@@ -25,6 +33,15 @@ class Canary:
         self._judge, self._every = judge, every
         self._kept: list[tuple[Ask, float]] = []
         self._since = 0
+
+    @property
+    def baseline(self) -> Baseline:
+        """What is to be kept where a run may be resumed."""
+        return Baseline(kept=tuple(self._kept), since=self._since)
+
+    def restore(self, baseline: Baseline) -> None:
+        """Goes on from a baseline that was kept."""
+        self._kept, self._since = list(baseline.kept), baseline.since
 
     @property
     def id(self) -> str:

@@ -1,22 +1,30 @@
 """From a config to a judge, and what the judges of this process did."""
 
 import copy
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from rlhf_img.errors import RlhfImgError
-from rlhf_img.judges.canary import Canary
+from rlhf_img.judges.canary import Baseline, Canary
 from rlhf_img.judges.fake import FakeJudge
-from rlhf_img.judges.protocol import Judge, JudgeConfig, Usage
+from rlhf_img.judges.protocol import Ask, Judge, JudgeConfig, Usage
 
 FAKE_URL = "fake:"
 
 _usages: list[Usage] = []
 """The accounts of all judges that `open_judge` has opened."""
+_canaries: dict[str, Canary] = {}
+"""Their canaries, by the judges' ids."""
+_baselines: dict[str, Baseline] = {}
+"""Those that `load_canaries` read and that no judge has taken yet."""
 
 
 @lru_cache(maxsize=8)
@@ -28,7 +36,48 @@ def open_judge(config: JudgeConfig) -> Judge:
     """
     judge = _open(config)
     _usages.append(judge.usage)
-    return Canary(judge, every=config.canary_every) if config.canary_every else judge
+    if not config.canary_every:
+        return judge
+    _canaries[judge.id] = canary = Canary(judge, every=config.canary_every)
+    if judge.id in _baselines:
+        canary.restore(_baselines.pop(judge.id))
+    return canary
+
+
+def save_canaries(file: Path) -> None:
+    """Writes what the canaries of the opened judges compare with (safetensors); nothing where there is none."""
+    baselines = {name: canary.baseline for name, canary in _canaries.items() if canary.baseline.kept} | _baselines
+    if not baselines:
+        return
+    told = {
+        name: {"since": b.since, "kept": [{"question": ask.question, "p_yes": p} for ask, p in b.kept]}
+        for name, b in baselines.items()
+    }
+    images = {f"{name}/{i}": ask.image for name, b in baselines.items() for i, (ask, _) in enumerate(b.kept)}
+    save_file(images, file, metadata={"baselines": json.dumps(told)})
+
+
+def load_canaries(file: Path) -> None:
+    """Gives the canaries, now or once their judges are opened, what they compared with when `save_canaries` wrote it.
+
+    Without the file they start anew. Raises RlhfImgError if it is damaged.
+    """
+    if not file.exists():
+        return
+    try:
+        with safe_open(file, framework="numpy") as stored:
+            told = json.loads(stored.metadata()["baselines"])
+            for name, b in told.items():
+                kept = tuple(
+                    (Ask(image=stored.get_tensor(f"{name}/{i}"), question=row["question"]), float(row["p_yes"]))
+                    for i, row in enumerate(b["kept"])
+                )
+                _baselines[name] = Baseline(kept=kept, since=int(b["since"]))
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        what = f"{file} cannot be read ({error})"
+        raise RlhfImgError(f"{what}; delete it, and the judge's drift is measured anew") from error
+    for name in _baselines.keys() & _canaries.keys():
+        _canaries[name].restore(_baselines.pop(name))
 
 
 _ALWAYS = {"judge/calls": "calls", "judge/failed": "failures", "judge/retries": "retries"}
@@ -73,6 +122,19 @@ def _metrics(pairs: list[tuple[Usage, Usage]]) -> dict[str, float]:
     return found
 
 
+def only_model(url: str, api_key_env: str | None = None) -> str:
+    """What the server calls its model. Raises RlhfImgError if it does not answer, has none, or has several."""
+    if url == FAKE_URL:
+        return "fake"
+    with _client_needed():
+        from rlhf_img.judges.openai import served_models
+    names = served_models(url, api_key_env)
+    if len(names) == 1:
+        return names[0]
+    has = f"it has {', '.join(names[:20])}" if names else "it names none"
+    raise RlhfImgError(f"say which model of {url} is to judge (--judge-model NAME): {has}")
+
+
 def _open(config: JudgeConfig) -> Judge:
     if config.url == FAKE_URL:
         return FakeJudge(max_failed=config.max_failed)
@@ -80,9 +142,15 @@ def _open(config: JudgeConfig) -> Judge:
         from rlhf_img.judges.local import LocalJudge
 
         return LocalJudge.load(config)
-    try:
+    with _client_needed():
         from rlhf_img.judges.openai import OpenAIJudge
+    return OpenAIJudge(config)
+
+
+@contextmanager
+def _client_needed() -> Iterator[None]:
+    try:
+        yield
     except ModuleNotFoundError as error:
         missing = f"a judge server needs {error.name}, which is not installed"
         raise RlhfImgError(f"{missing}: pip install 'rlhf-img[judge]'") from error
-    return OpenAIJudge(config)

@@ -133,7 +133,7 @@ class OpenAIJudge:
         settings = {"temperature": 0, "max_tokens": 1, "logprobs": True, "top_logprobs": TOP_LOGPROBS}
         choice = await self._complete(client, messages, settings)
         if choice.logprobs is None or not choice.logprobs.content:
-            raise _NoAnswerError("the server gives no token probabilities; set `votes: 8` for this judge")
+            raise _NoAnswerError("the server gives no token probabilities; set `votes: 8` (--judge-votes 8)")
         answer = p_yes_from_logprobs((t.token, t.logprob) for t in choice.logprobs.content[0].top_logprobs)
         if answer.p_yes is None:
             raise _NoAnswerError(answer.reason)
@@ -255,14 +255,38 @@ def _retry_after(response: httpx.Response) -> float:
     return max(0.0, (until - datetime.now(UTC)).total_seconds())
 
 
-def _endpoint(url: str | None) -> str:
+class _Model(BaseModel):
+    id: str
+
+
+class _Models(BaseModel):
+    data: list[_Model]
+
+
+def served_models(url: str, api_key_env: str | None, timeout_s: float = 30.0) -> list[str]:
+    """The names of a server's models. Raises RlhfImgError if it does not tell them."""
+    key = _key(api_key_env)
+    try:
+        headers = {"Authorization": f"Bearer {key}"} if key else None
+        response = httpx.get(_endpoint(url, "/models"), headers=headers, timeout=timeout_s)
+        response.raise_for_status()
+        return [model.id for model in _Models.model_validate_json(response.content).data]
+    except (httpx.HTTPError, ValidationError) as error:
+        what = "the reply is no list of models" if isinstance(error, ValidationError) else str(error) or repr(error)
+        what = what.replace(key, "***") if key else what
+        raise RlhfImgError(
+            f"{url} does not say what models it has ({what}); see that the server is up, or give --judge-model NAME"
+        ) from error
+
+
+def _endpoint(url: str | None, path: str = "/chat/completions") -> str:
     try:
         parsed = httpx.URL(url or "")
     except httpx.InvalidURL:
         parsed = httpx.URL("")
     if parsed.scheme not in ("http", "https") or not parsed.host:
         raise RlhfImgError(f"the judge's url is {url!r}; expected one such as http://localhost:8000/v1")
-    return f"{parsed}".rstrip("/") + "/chat/completions"
+    return f"{parsed}".rstrip("/") + path
 
 
 def _key(variable: str | None) -> str | None:

@@ -56,6 +56,11 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
     return pick(("", "", "", "a picture of ", "an image of ")) + text
 
 
+def plural(noun: str) -> str:
+    """The plural of a word for a shape."""
+    return noun + ("es" if noun.endswith(("s", "x")) else "s")
+
+
 def _phrase(group: list[Thing], pick: object, say_size: bool) -> str:
     """A counted noun phrase: "two large red circles"."""
     first = group[0]
@@ -64,6 +69,5 @@ def _phrase(group: list[Thing], pick: object, say_size: bool) -> str:
     if say_size and first.size in SIZE_WORDS:
         words.insert(0, pick(SIZE_WORDS[first.size]))  # type: ignore[operator]
     if len(group) > 1:
-        plural = noun + ("es" if noun.endswith(("s", "x")) else "s")
-        return " ".join([pick(COUNT_WORDS[len(group)]), *words, plural])  # type: ignore[operator]
+        return " ".join([pick(COUNT_WORDS[len(group)]), *words, plural(noun)])  # type: ignore[operator]
     return f"{'an' if words[0][0] in 'aeiou' else 'a'} {' '.join(words)} {noun}"

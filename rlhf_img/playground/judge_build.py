@@ -3,11 +3,12 @@
 from collections.abc import Iterable
 
 import torch
-from tokenizers import AddedToken
+from tokenizers import AddedToken, Regex, normalizers
 from transformers import PreTrainedTokenizerFast, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from rlhf_img.playground.build import train_bpe
+from rlhf_img.playground.captions import SHAPE_WORDS, plural
 from rlhf_img.playground.scene import SIZE
 
 PATCH, MERGE = 8, 2
@@ -26,6 +27,13 @@ _TEMPLATE = (
 )  # fmt: skip
 
 
+def synonyms() -> normalizers.Sequence:
+    """Turns the captions' other words for shapes into those that the questions of the training use."""
+    pairs = [(word, shape) for shape, words in SHAPE_WORDS.items() for word in sorted(set(words) - {shape})]
+    pairs = [(plural(word), plural(shape)) for word, shape in pairs] + pairs
+    return normalizers.Sequence([normalizers.Replace(Regex(rf"\b{old}\b"), new) for old, new in pairs])
+
+
 def build_judge_tokenizer(questions: Iterable[str], suffix: str) -> PreTrainedTokenizerFast:
     """A BPE in which every word of the questions is one token, as are "Yes" and "No".
 
@@ -33,6 +41,7 @@ def build_judge_tokenizer(questions: Iterable[str], suffix: str) -> PreTrainedTo
     half of the work.
     """
     core = train_bpe([*[*questions, "Yes", "No"] * 2], _SPECIAL, min_frequency=2)
+    core.normalizer = synonyms()
     core.add_tokens([AddedToken(suffix, normalized=False)])
     return PreTrainedTokenizerFast(
         tokenizer_object=core,

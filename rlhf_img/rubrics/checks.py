@@ -45,7 +45,10 @@ class _Target:
 
 def _parse_target(target: str) -> _Target | None:
     """None for what classical vision cannot recognise."""
-    *words, noun = lexicon.SHAPE_SYNONYMS.get(target, target).split(" ")
+    for name, shape in lexicon.SHAPE_SYNONYMS.items():
+        if target == name or target.endswith(f" {name}"):
+            target = target.removesuffix(name) + shape
+    *words, noun = target.split(" ")
     color = size = None
     for word in words:
         if color is None and knows(word):
@@ -54,7 +57,6 @@ def _parse_target(target: str) -> _Target | None:
             size = lexicon.SIZE_SYNONYMS.get(word, word)
         else:
             return None
-    noun = lexicon.SHAPE_SYNONYMS.get(noun, noun)
     return _Target(noun, color, size) if noun in OUTLINES else None
 
 
@@ -266,9 +268,14 @@ def text_similarity(wanted: str, read: str, *, extra_text: str = "penalize") -> 
 
 def check_text(requirement: Requirement, analysis: Analysis) -> CheckResult:
     """That the image shows the words, and by default no others. Only the whole text, letter by letter, passes."""
-    assert isinstance(requirement.equals, str)
     read, confidence = analysis.text
-    boxes = (analysis.text_box,) if analysis.text_box else ()
+    boxes = tuple(line.box for line in analysis.lines) if read else ()
+    return text_result(requirement, read, confidence, boxes)
+
+
+def text_result(requirement: Requirement, read: str, confidence: float, boxes: tuple[Box, ...]) -> CheckResult:
+    """The result where `read` was read in `boxes`."""
+    assert isinstance(requirement.equals, str)
     similarity = text_similarity(requirement.equals, read, extra_text=requirement.extra_text)
     score = 0.5 + 0.5 * confidence if similarity == 1 else 0.5 * similarity
     return CheckResult(score=score, evidence=f"reads {read!r}" if read else "no text found", boxes=boxes)

@@ -247,7 +247,7 @@ def score_boxes(requirement: Requirement, seen: Seen, size: tuple[int, ...], con
         return CheckResult(score=None, evidence=f"a detector cannot tell this, a judge can; a detector tells {SERVED}")
     if left_out := [noun for noun in nouns if noun not in seen]:
         return CheckResult(score=None, evidence=f"the detector's text had no room for {left_out[0]!r}; ask for less")
-    things = [_things(seen[noun], config) for noun in nouns]
+    things = [things_of(seen[noun], config) for noun in nouns]
     hits = [[thing for thing in found if thing.score >= 0.5] for found in things]
     presence = min(found[0].score if found else 0.0 for found in things)
     match requirement.check:
@@ -271,7 +271,7 @@ def presence_of(score: float, threshold: float) -> float:
     return there / (there + gone)
 
 
-def _things(found: Sequence[Detection], config: DetectorConfig) -> list[Detection]:
+def things_of(found: Sequence[Detection], config: DetectorConfig) -> list[Detection]:
     """One box for each thing that is the noun or nearly, at least the best one; scored by presence, best first."""
     scored = [Detection(score=presence_of(d.score, config.threshold), box=d.box) for d in found]
     scored.sort(key=lambda thing: -thing.score)

@@ -10,7 +10,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from rlhf_img.errors import RlhfImgError, did_you_mean
-from rlhf_img.rubrics.schema import Aggregate, Gate, Requirement, Rubric, Source
+from rlhf_img.rubrics.schema import Aggregate, Gate, Requirement, Rubric, Source, graph_problems
 
 Location = tuple[int | str, ...]
 _BOOL, _INT, _STAMP = (f"tag:yaml.org,2002:{name}" for name in ("bool", "int", "timestamp"))
@@ -67,15 +67,31 @@ def read_rubrics(text: str) -> tuple[list[tuple[Rubric, yaml.Node]], list[Findin
     items = zip(data, node.value, strict=True) if isinstance(data, list) else [(data, node)]
     rubrics, problems = [], list(_traps(node))
     for item, item_node in items:
+        graph = [
+            finding(item_node, ("requirements", i, field), "error", message)
+            for i, field, message in graph_problems(_rows(item))
+        ]
+        problems += graph
         try:
             rubrics.append((Rubric.model_validate(item), item_node))
         except ValidationError as error:
             for e in error.errors():
+                if graph and not e["loc"]:
+                    continue  # said above, with its place
                 key = e["type"] == "extra_forbidden"
                 problems.append(finding(item_node, e["loc"], "error", _explain(e, item), at_key=key))
     # a trap says more than the type error that follows from it
     first = {(p.line, p.column): p for p in reversed(problems)}
     return rubrics, sorted(first.values())
+
+
+def _rows(item: object) -> list[tuple[str, tuple[str, ...]]]:
+    """Id and needs of each requirement of a rubric that may hold anything; nothing where one has no id."""
+    requirements = item.get("requirements") if isinstance(item, dict) else None
+    if not isinstance(requirements, list) or not all(isinstance(r, dict) and "id" in r for r in requirements):
+        return []
+    needs = [r.get("needs") if isinstance(r.get("needs"), list) else [] for r in requirements]
+    return [(str(r["id"]), tuple(map(str, of))) for r, of in zip(requirements, needs, strict=True)]
 
 
 def finding(

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 
+from rlhf_img.rubrics import lexicon
 from rlhf_img.rubrics.reading import Group, NounPhrase, Reader
 from rlhf_img.rubrics.words import Part, tokenize
 
@@ -15,6 +16,10 @@ class Question:
     absent: bool = False
 
 
+_SEVERAL = ("few", "lot", "number", "variety")
+"""After these "a" stands before a plural: "are there a few cats"."""
+
+
 class Parse(Reader):
     """What was found so far. Groups are referred to by their place in `groups`.
 
@@ -25,6 +30,8 @@ class Parse(Reader):
     def __init__(self, prompt: str) -> None:
         super().__init__(tokenize(prompt))
         self._quotes = [place for place, token in enumerate(self.tokens) if token.part is Part.QUOTE]
+        self._numerals = [place for place, word in enumerate(self.words) if word in lexicon.NUMERAL_NOUNS]
+        self.has_texts = bool(self._quotes or self._numerals)
         self.groups: list[Group] = []
         self.plural: set[int] = set()
         self.relations: list[tuple[int, str, int]] = []
@@ -48,7 +55,8 @@ class Parse(Reader):
             self.plural.add(place)
         self.texts += [(place, text) for text in phrase.quotes]
         if phrase.quantity:
-            says = f"Are there {phrase.quantity} {phrase.group.name}?"
+            one = phrase.quantity.split(" ")[0] in ("a", "the") and phrase.quantity.split(" ")[1] not in _SEVERAL
+            says = f"{'Is' if one else 'Are'} there {phrase.quantity} {phrase.group.name}?"
             self.questions.append(Question(about=place, says=says))
         if phrase.owner:
             self.relations.append((place, "of", self.add(phrase.owner)))
@@ -78,6 +86,10 @@ class Parse(Reader):
         """Whether quoted text is among the next tokens."""
         return any(self.at <= place < self.at + reach for place in self._quotes)
 
+    def numeral_within(self, reach: int) -> bool:
+        """Whether a noun such as "number" is among the next tokens."""
+        return any(self.at <= place < self.at + reach for place in self._numerals)
+
     def before(self) -> str:
         """The text of the token before; empty at the start."""
         return self.tokens[self.at - 1].text.lower() if self.at else ""
@@ -90,6 +102,11 @@ class Parse(Reader):
         if self.accept_word(("and",)):
             return "and"
         return "," if self.at > start else ""
+
+    def close(self) -> None:
+        """The sentence ends: what waits for a subject is left uncovered."""
+        self.uncovered += [position for position, place in self.pending if place < 0]
+        self.topic, self.pending, self.sentence = [], [], len(self.groups)
 
     def ends(self) -> bool:
         """Whether the clause ends here."""

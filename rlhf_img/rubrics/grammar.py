@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from rlhf_img.rubrics import lexicon
 from rlhf_img.rubrics.found import Parse
 from rlhf_img.rubrics.parser import parse_prompt
-from rlhf_img.rubrics.reading import Group
+from rlhf_img.rubrics.reading import Group, Phrases
 from rlhf_img.rubrics.schema import Requirement, Rubric, Source, prompt_sha
 
 
@@ -96,8 +96,12 @@ def _ask(group: Group, handle: str, plural: bool, says: str) -> str:
 
 
 def _permits(words: str) -> tuple[str, ...]:
-    """The artifact classes that a style, or words that ask for it, permit."""
-    return _PERMITS.get(words, ())
+    """The artifact classes that a style, or words that ask for it, permit: "vintage polaroid photo" as "polaroid"."""
+    if words in _PERMITS:
+        return _PERMITS[words]
+    parts = words.split(" ")
+    inside = (_PERMITS[found] for at in range(len(parts)) if (found := _STYLE_PHRASES.at(parts, at)))
+    return tuple(dict.fromkeys(artifact for permits in inside for artifact in permits))
 
 
 _PERMITS = {
@@ -106,6 +110,7 @@ _PERMITS = {
     for name, style in table.items()
     for phrase in (name, *style.phrases)
 }
+_STYLE_PHRASES = Phrases(_PERMITS)
 
 
 def _question_requirements(
@@ -137,12 +142,19 @@ def _relation_requirements(
 
 def _merge_equal(parse: Parse) -> list[Group]:
     """Groups that differ in nothing but their count are one: "a cat and a cat" are two cats. Places are kept."""
-    totals: dict[Group, int] = {}
+    totals: dict[tuple[object, ...], int] = {}
     for group in parse.groups:
         if group.count is not None:
-            key = replace(group, count=None)
-            totals[key] = totals.get(key, 0) + group.count
-    return [replace(g, count=totals.get(replace(g, count=None), g.count)) for g in parse.groups]
+            totals[_but_count(group)] = totals.get(_but_count(group), 0) + group.count
+    merged = []
+    for group in parse.groups:
+        total = totals.get(_but_count(group), group.count)
+        merged.append(group if total == group.count else replace(group, count=total))
+    return merged
+
+
+def _but_count(group: Group) -> tuple[object, ...]:
+    return group.noun, group.color, group.size, group.traits, group.absent
 
 
 def _handles(groups: list[Group]) -> list[str]:
@@ -155,10 +167,10 @@ def _handles(groups: list[Group]) -> list[str]:
     attributes: tuple[str | None, ...]
     of_noun: dict[str, list[Group]] = {}
     for group in dict.fromkeys(g for g in groups if not g.absent):
-        of_noun.setdefault(group.noun, []).append(group)
+        of_noun.setdefault(_kind(group), []).append(group)
     for group in groups:
-        rivals = of_noun.get(group.noun, [])
-        if group.absent or distinct([g.noun for g in rivals], rivals):
+        rivals = of_noun.get(_kind(group), [])
+        if group.absent or distinct([_kind(g) for g in rivals], rivals):
             attributes = (group.size, group.color, *group.traits) if group.absent else ()
         elif distinct([f"{g.color}" for g in rivals], rivals):
             attributes = (group.color,)
@@ -170,6 +182,14 @@ def _handles(groups: list[Group]) -> list[str]:
     return handles
 
 
+def _kind(group: Group) -> str:
+    """The noun, or the shape that the checks take it for: "a red disc and a blue circle" must be told apart."""
+    return lexicon.SHAPE_SYNONYMS.get(group.noun, group.noun)
+
+
+_NO_ID = re.compile(r"[^a-z0-9]+")
+
+
 class _Ids:
     """Readable ids, each given once."""
 
@@ -177,7 +197,9 @@ class _Ids:
         self._used: set[str] = set()
 
     def new(self, *parts: str) -> str:
-        name = re.sub(r"[^a-z0-9]+", "_", "_".join(parts).lower()).strip("_") or "requirement"
+        name = "_".join(parts).lower().replace(" ", "_")
+        if not (name.isidentifier() and name.isascii()) or "__" in name or name[0] == "_" or name[-1] == "_":
+            name = _NO_ID.sub("_", name).strip("_") or "requirement"
         chosen, n = name, 2
         while chosen in self._used:
             chosen, n = f"{name}_{n}", n + 1

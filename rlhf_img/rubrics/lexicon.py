@@ -57,7 +57,8 @@ MATERIALS = {
     **dict.fromkeys(("wool", "woolen", "woollen"), "wool"),
     **{word: word for word in _words("""
     glass plastic paper cardboard leather stone brick marble steel iron concrete ceramic porcelain clay silk
-    cotton velvet linen denim rubber aluminum bamboo wicker granite copper brass
+    cotton velvet linen denim rubber aluminum bamboo wicker granite copper brass fabric suede satin wax foam
+    terracotta cork straw felt
 """)},
 }  # fmt: skip
 """A word before a noun -> the material that it says the thing is made of."""
@@ -70,7 +71,8 @@ SHAPE_SYNONYMS = {
     "plus sign": "cross",
     "plus": "cross",
 }
-NOUN_SYNONYMS = {**SHAPE_SYNONYMS, "people": "person", "persons": "person"}
+"""Other words for the shapes of the built-in vision. In a prompt they stay what they are: a box may be of cardboard."""
+NOUN_SYNONYMS = {"people": "person", "persons": "person"}
 
 SIZES: dict[str, tuple[float, float]] = {"small": (0.0, 0.14), "medium": (0.14, 0.175), "large": (0.175, 1.0)}
 """Range of an object's nominal radius, as a fraction of the image side."""
@@ -87,8 +89,8 @@ _TENS = "thirty forty fifty sixty seventy eighty ninety"
 NUMBERS = {
     **{word: n for n, word in enumerate(_ONE_TO_TWENTY.split(), start=1)},
     **{word: 10 * n for n, word in enumerate(_TENS.split(), start=3)},
-    **dict.fromkeys(("a", "an", "another", "a single", "single", "exactly one", "only one"), 1),
-    **dict.fromkeys(("a pair of", "pair of", "a couple of", "both"), 2),
+    **dict.fromkeys(("a", "an", "another", "a single", "single", "one single"), 1),
+    **dict.fromkeys(("a pair of", "pair of", "a couple of", "couple of", "both"), 2),
     **dict.fromkeys(("a trio of", "trio of"), 3),
     **dict.fromkeys(("half a dozen", "a half dozen"), 6),
     **dict.fromkeys(("a dozen", "one dozen"), 12),
@@ -107,6 +109,38 @@ QUANTITIES = frozenset((
 ))  # fmt: skip
 """Amounts that are no number: "several", "a herd of"."""
 
+EXACT = frozenset(("exactly", "precisely", "just", "only"))
+"""Words before a number that leave it as it is."""
+BOUNDS = ("at least", "at most", "no more than", "not more than", "no fewer than", "no less than", "more than",
+          "fewer than", "less than", "up to", "about", "approximately", "roughly", "nearly", "almost")  # fmt: skip
+"""Phrases before a number that make it no exact one."""
+ALWAYS_PLURAL = frozenset(_words("""
+    scissors clothes pants jeans shorts trousers leggings tights overalls pajamas pyjamas sunglasses eyeglasses goggles
+    binoculars pliers tweezers tongs headphones earphones shears
+"""))
+"""Nouns without a singular; a pair of them is one thing."""
+CONTAINERS = frozenset(_words("""
+    cup mug glass bottle jug pitcher can jar bowl plate dish tray basket bucket barrel box crate carton bag sack vase
+    pot pan piece slice loaf stick sheet wedge scoop pint tin tub cone bar bundle
+"""))
+"""Nouns that hold or part what follows "of": what is said after "a cup of coffee" is said of the cup."""
+BODY_PARTS = frozenset(_words("""
+    eye hair beard mustache moustache wing ear tail leg arm face head paw horn antler tusk trunk nose mouth fur mane
+    feather tooth hand foot finger claw beak skin neck fin scale spot stripe stem petal
+"""))
+"""What belongs to a body: what is said after "an owl with yellow eyes" is said of the owl."""
+PASTS = {
+    past: verb
+    for verb, past in zip(_words("""
+    sit stand hold ride wear run fly eat drink swim lie hang drive throw catch grow make take give fight sleep keep
+    build bend sing sell tell lead wind shine stick swing slide creep leap kneel draw blow wake break choose hide bite
+    """), _words("""
+    sat stood held rode wore ran flew ate drank swam lay hung drove threw caught grew made took gave fought slept kept
+    built bent sang sold told led wound shone stuck swung slid crept leapt knelt drew blew woke broke chose hid bit
+    """), strict=True)
+}  # fmt: skip
+"""Irregular past tenses of what one can see, with their verbs."""
+
 _SIDES = {f"{lead} {side} of": f"{side} of" for side in ("left", "right") for lead in ("to the", "on the", "at the")}
 RELATIONS = {
     **_SIDES,
@@ -115,16 +149,18 @@ RELATIONS = {
     "right of": "right of",
     "above": "above",
     "over": "above",
-    "on top of": "above",
+    **dict.fromkeys(("on top of", "on the top of"), "above"),
     "below": "below",
     "under": "below",
     "underneath": "below",
     "beneath": "below",
 }
 """Phrase -> the relation's name, for the relations that the classical checks know."""
+_OTHER_PLACES = (("on", "top"), ("on", "side"), ("at", "side"))
 _PLACES = "top bottom side back front edge end base foot center centre middle corner rear"
 OTHER_RELATIONS = {
-    **dict.fromkeys(("next to", "beside", "by", "adjacent to", "alongside", "by the side of"), "next to"),
+    **dict.fromkeys(("next to", "beside", "by", "adjacent to", "alongside", "by the side of",
+        "on the side of", "on side of", "at the side of"), "next to"),
     **dict.fromkeys(("near", "close to", "nearby"), "near"),
     **dict.fromkeys(("in front of", "at the front of"), "in front of"),
     **dict.fromkeys(("behind", "in back of", "at the back of"), "behind"),
@@ -135,7 +171,7 @@ OTHER_RELATIONS = {
     **dict.fromkeys(("toward", "towards"), "towards"),
     **dict.fromkeys(("against", "set against", "leaning against"), "against"),
     **{f"{lead} the {place} of": f"{lead} the {place} of" for lead in ("on", "at", "from")
-        for place in _words(_PLACES)},
+        for place in _words(_PLACES) if (lead, place) not in _OTHER_PLACES},
     **{word: word for word in _words("""
     between among amid across along through into outside with of at from off opposite beyond past down up for
     during amid amidst like
@@ -151,7 +187,7 @@ POSITIONS = {
         _words("""
     background foreground distance center centre middle corner front back air sky
 """)},
-    **{word: word for word in ["in midair", "outside", "indoors", "outdoors", "nearby"]},
+    **{word: word for word in ["in midair", "in mid-air", "outside", "indoors", "outdoors", "nearby"]},
     "in the top left": "in the top left",
     "in the top right": "in the top right",
     "in the bottom left": "in the bottom left",
@@ -170,7 +206,10 @@ class Style:
 
 STYLES: dict[str, Style] = {
     "film grain": Style(
-        phrases=("35mm film grain", "film grain", "grainy film", "grainy", "grain", "noisy film"),
+        phrases=(
+            "35mm film grain", "film grain", "grainy film", "grainy", "grain", "noisy film", "film noise",
+            "image noise", "visible noise", "noise", "noisy",
+        ),
         permits=("grain", "noise"),
     ),
     "soft focus": Style(
@@ -179,12 +218,7 @@ STYLES: dict[str, Style] = {
     ),
     "vignette": Style(
         phrases=(
-            "dark vignette corners",
-            "dark vignette",
-            "vignette corners",
-            "vignette",
-            "vignetting",
-            "dark corners",
+            "dark vignette corners", "dark vignette", "vignette corners", "vignette", "vignetting", "dark corners",
         ),
         permits=("vignette",),
     ),
@@ -197,7 +231,7 @@ _MEDIA: dict[str, tuple[str, ...]] = {
     "sketch": ("sketch", "pencil sketch", "pencil drawing", "charcoal drawing"),
     "hand drawn": ("hand drawn", "hand-drawn"),
     "pixel art": ("pixel art", "pixelated", "8-bit"),
-    "black and white": ("black and white photo", "black and white photograph", "black-and-white", "monochrome"),
+    "black and white": ("black and white", "black-and-white", "monochrome"),
     "anime": ("anime", "anime style", "manga"),
     "cartoon": ("cartoon", "cartoon style", "comic book style"),
     "digital art": ("digital art", "digital painting", "digital illustration"),
@@ -205,7 +239,13 @@ _MEDIA: dict[str, tuple[str, ...]] = {
     "photorealistic": ("photorealistic", "photo-realistic", "hyperrealistic", "hyper realistic", "ultra realistic"),
     "cinematic": ("cinematic", "cinematic style", "film still"),
     "bokeh": ("bokeh", "shallow depth of field", "depth of field"),
-    "motion blur": ("motion blur", "long exposure"),
+    "motion blur": ("motion blur", "motion-blurred", "motion blurred"),
+    "long exposure": ("long exposure", "long-exposure"),
+    "tilt-shift": ("tilt-shift", "tilt shift"),
+    "double exposure": ("double exposure",),
+    "35mm film": ("35mm film", "35mm", "analog film", "analogue film", "kodak film", "film photograph", "film photo"),
+    "polaroid": ("polaroid",),
+    "vhs": ("vhs",),
     "glitch": ("glitch art", "glitch"),
     "collage": ("collage",),
     "concept art": ("concept art",),
@@ -219,15 +259,17 @@ _MEDIA: dict[str, tuple[str, ...]] = {
     "art deco": ("art deco",),
     "pop art": ("pop art",),
     "cyberpunk": ("cyberpunk style",),
-    "macro": ("macro photography", "macro shot", "macro photo"),
+    "macro": ("macro", "extreme close-up"),
 }
 _MEDIA_PERMITS: dict[str, tuple[str, ...]] = {
     "watercolor": ("watercolor", "blur"),
     "sketch": ("sketch",),
     "hand drawn": ("hand drawn",),
     "bokeh": ("blur",),
-    "motion blur": ("blur",),
-    "macro": ("blur",),
+    **dict.fromkeys(("motion blur", "long exposure", "tilt-shift", "double exposure", "macro"), ("blur",)),
+    "35mm film": ("grain", "noise"),
+    "polaroid": ("grain", "noise", "blur", "vignette"),
+    "vhs": ("grain", "noise", "blur"),
     "glitch": ("glitch",),
     "collage": ("collage",),
     "pixel art": ("grid",),
@@ -264,10 +306,30 @@ FRAMES = frozenset((
 ))  # fmt: skip
 """Phrases that only say that there is a picture."""
 
-NEGATIONS = (
-    "without any", "without", "no", "not any", "with no", "has no", "have no", "there is no", "there are no", "and no",
-    "but no", "free of", "devoid of", "empty of", "without a", "without an", "not a",
+ATTACHED_NEGATIONS = (
+    "without any", "without a", "without an", "without", "with no", "has no", "have no", "having no", "with zero",
+    "with neither", "free of", "free from", "devoid of", "empty of", "lacking any", "lacking", "minus",
 )  # fmt: skip
+"""They say of the thing before them what it has not."""
+NEGATIONS = (
+    *ATTACHED_NEGATIONS, "no", "not any", "there is no", "there are no", "there is not any", "there are not any",
+    "and no", "but no", "not a", "not an", "but not", "and not", "zero",
+)  # fmt: skip
+NOBODY = frozenset(("nobody", "no one", "no-one", "noone"))
+QUALITY_WORDS = frozenset(_words("""
+    2k 4k 8k 16k hd uhd fhd hdr hq artstation deviantart masterpiece wallpaper
+"""))
+"""Words that ask for a good picture, which no one can check."""
+LETTERINGS = frozenset(_words("letters letter lettering font typeface script type handwriting calligraphy capitals"))
+"""What quoted words can be in."""
+COVERED = frozenset(_words("""
+    covered dressed wrapped coated clad bathed drenched soaked engulfed shrouded decorated painted written drawn set
+"""))
+"""Participles of which "in" says with what: "covered in snow"."""
+DIRECTIONS = frozenset(_words("left right up down forward forwards backward backwards away sideways straight"))
+"""Where one can look or point."""
+NUMERAL_NOUNS = frozenset(("number", "numbers", "digit", "digits", "letter", "letters", "numeral"))
+"""Nouns after which a number or a single capital is what is written."""
 BACKGROUND_LEADS = ("on", "against", "in front of", "with", "over", "set against", "set on", "isolated on")
 BACKGROUND_NOUNS = ("background", "backdrop")
 TEXT_NOUNS = frozenset(_words("""
@@ -324,5 +386,12 @@ COMPOUNDS = frozenset((
 ))  # fmt: skip
 """Adjective and noun that name one kind of thing."""
 
-_NOUNS_IN_ING = "ring king wing string spring building painting ceiling earring clothing drawing"
-NOUNS_IN_ING = frozenset(_NOUNS_IN_ING.split())
+NOUNS_IN_ING = frozenset(_words("""
+    ring king wing string spring sling building painting ceiling earring clothing drawing awning bedding carving
+    carpeting casing coating crossing cushioning decking dressing dwelling edging engraving fencing flooring footing
+    framing frosting gathering grating herring housing icing landing lettering lighting lightning lining lodging meeting
+    molding moulding mooring morning evening offering opening packaging padding paneling pairing plating planking
+    printing pudding railing rigging roofing scaffolding seating serving setting sheathing shelving siding stocking
+    stuffing thing topping tubing veining warning wiring writing sibling duckling dumpling
+"""))
+"""Words in -ing that are things; others say what something does."""

@@ -67,6 +67,9 @@ def _of_facts(rubric: Rubric, node: yaml.Node) -> Iterator[Finding]:
 
 def _of_wording(r: Requirement, node: yaml.Node, i: int) -> Iterator[Finding]:
     """Requirements that ask several things, for a matter of taste, or for what should not be there."""
+    if r.via == "detector" and r.check not in ("object", "count", "relation"):
+        message = f"a detector cannot tell {r.check}, so that this is never scored: leave via out, or say via: vlm"
+        yield finding(node, ("requirements", i, "via"), "warning", message)
     if r.check == "style" and r.expect == "present" and not r.permits and r.equals in lexicon.STYLES:
         permits = ", ".join(lexicon.STYLES[str(r.equals)].permits)
         message = f"the artifact reward will punish {r.equals}: add permits: [{permits}]"

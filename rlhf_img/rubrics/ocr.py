@@ -1,5 +1,6 @@
-"""Reading words: rapidocr's recognition model on the strip where writing was found. Created once, when first needed."""
+"""Reading words with rapidocr: one strip where writing was found, or whatever is written anywhere in an image."""
 
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -13,8 +14,18 @@ _LINE_HEIGHT = 48
 """Pixels to which a line is scaled: what the recognition model was trained at."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Line:
+    """Words on one line, the reader's confidence in [0, 1], and where: left, top, right, bottom as fractions."""
+
+    text: str
+    confidence: float
+    box: tuple[float, float, float, float]
+
+
 @cache
 def _engine() -> Any:
+    """Created once, when first needed."""
     try:
         from rapidocr import RapidOCR
     except ImportError as error:
@@ -22,13 +33,35 @@ def _engine() -> Any:
     return RapidOCR(
         params={
             "Global.log_level": "error",
-            "Global.use_det": False,
             "Global.use_cls": False,
             # one thread: rewards run beside the training
             "EngineConfig.onnxruntime.intra_op_num_threads": 1,
             "EngineConfig.onnxruntime.inter_op_num_threads": 1,
         }
     )
+
+
+def read_lines(image: npt.NDArray[np.uint8]) -> tuple[Line, ...]:
+    """Every line of text in an image, from top to bottom.
+
+    Args:
+        image: uint8 (H, W, 3), RGB.
+    """
+    height, width = image.shape[:2]
+    result = _engine()(image[..., ::-1], use_det=True, use_cls=False, use_rec=True)  # rapidocr wants BGR
+    if not result.txts:
+        return ()
+    return tuple(
+        Line(
+            text=str(text),
+            confidence=float(score),
+            box=(
+                float(corners[:, 0].min() / width), float(corners[:, 1].min() / height),
+                float(corners[:, 0].max() / width), float(corners[:, 1].max() / height),
+            ),
+        )
+        for text, score, corners in zip(result.txts, result.scores, result.boxes, strict=True)
+    )  # fmt: skip
 
 
 def read(image: npt.NDArray[np.uint8], box: tuple[float, float, float, float]) -> tuple[str, float]:

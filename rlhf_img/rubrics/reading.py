@@ -8,24 +8,26 @@ from rlhf_img.rubrics.words import Part, Token, is_verb, singular
 
 
 class Phrases:
-    """Phrases to look for at a place of a prompt, the longest first; found by their first word."""
+    """Phrases to look for at a place of a prompt, the longest first; found by their first two words."""
 
     def __init__(self, phrases: Iterable[str]) -> None:
-        self._by_first: dict[str, list[tuple[int, list[str], str]]] = {}
+        self._single: set[str] = set()
+        self._longer: dict[tuple[str, str], list[tuple[int, list[str], str]]] = {}
         for phrase in sorted(set(phrases), key=len, reverse=True):
             words = phrase.split(" ")
-            self._by_first.setdefault(words[0], []).append((len(words), words, phrase))
-
-    @property
-    def first_words(self) -> Collection[str]:
-        return self._by_first.keys()
+            if len(words) == 1:
+                self._single.add(phrase)
+            else:
+                self._longer.setdefault((words[0], words[1]), []).append((len(words), words, phrase))
+        self.first_words = frozenset((*self._single, *(first for first, _ in self._longer)))
 
     def at(self, words: list[str], start: int) -> str | None:
         """The longest phrase that starts there, or None."""
-        for length, phrase, text in self._by_first.get(words[start] if start < len(words) else "", ()):
-            if words[start : start + length] == phrase:
-                return text
-        return None
+        if start + 1 < len(words):
+            for length, phrase, text in self._longer.get((words[start], words[start + 1]), ()):
+                if length == 2 or words[start : start + length] == phrase:
+                    return text
+        return words[start] if start < len(words) and words[start] in self._single else None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,6 +62,7 @@ class NounPhrase:
 
 
 NUMBERS = Phrases(lexicon.NUMBERS)
+BOUNDS = Phrases(lexicon.BOUNDS)
 QUANTITIES = Phrases(lexicon.QUANTITIES)
 COMPOUNDS = Phrases((*lexicon.COMPOUNDS, *(f"{phrase}s" for phrase in lexicon.COMPOUNDS)))
 RELATIONS = Phrases(tuple(lexicon.ALL_RELATIONS))
@@ -70,6 +73,14 @@ _NEVER_IN_A_NOUN_PHRASE = (
 _BEGINS_AN_OBJECT = {"a", "an", *lexicon.DETERMINERS}
 QUALITIES = (Part.ADJECTIVE, Part.PAST, Part.ING)
 _NOUNS = (Part.NOUN, Part.PLURAL)
+_NOMINAL = frozenset((*_NOUNS, *QUALITIES, Part.VERB))
+
+
+OPENS_A_NOUN_PHRASE = frozenset((
+    *QUANTITIES.first_words, *NUMBERS.first_words, *BOUNDS.first_words, *COMPOUNDS.first_words, *lexicon.EXACT,
+    *lexicon.DETERMINERS, "1",
+))  # fmt: skip
+"""Words with which a noun phrase can begin though they are no part of it themselves; "1" is any in digits."""
 
 
 class Reader:
@@ -78,10 +89,14 @@ class Reader:
     def __init__(self, tokens: list[Token]) -> None:
         self.tokens = tokens
         self.words = [token.word for token in tokens]
+        self._parts = [Part.OTHER if t.word in _NEVER_IN_A_NOUN_PHRASE else t.part for t in tokens]
+        self._parts.append(Part.MARK)  # beyond the end, and by Python's counting before the start
         self.at = 0
 
     def accept(self, phrases: Phrases) -> str | None:
         """The longest of the phrases that starts here; reading goes on after it. None if none does."""
+        if self.at >= len(self.words) or self.words[self.at] not in phrases.first_words:
+            return None
         found = phrases.at(self.words, self.at)
         if found is not None:
             self.at += found.count(" ") + 1
@@ -96,34 +111,41 @@ class Reader:
 
     def part(self, place: int) -> Part:
         """The part of speech of the token there; a mark beyond the ends, and OTHER for words that end noun phrases."""
-        if not 0 <= place < len(self.tokens):
-            return Part.MARK
-        token = self.tokens[place]
-        return Part.OTHER if token.word in _NEVER_IN_A_NOUN_PHRASE else token.part
+        return self._parts[place] if -1 <= place < len(self._parts) else Part.MARK
 
     @property
     def ended(self) -> bool:
         return self.at >= len(self.tokens)
 
 
-def noun_phrase(reader: Reader) -> NounPhrase | None:
-    """(article, number, amount) (size, colour, material, other qualities, quoted text) noun; None if none is here."""
+def noun_phrase(reader: Reader, *, after_no: bool = False) -> NounPhrase | None:
+    """(article, number, amount) (size, colour, material, other qualities, quoted text) noun; None if none is here.
+
+    after_no: a word such as "no" stands before, which like an article tells a noun from a verb.
+    """
     start = reader.at
+    if reader.ended or (reader.words[start] == "that" and reader.part(start + 1) is Part.VERB):
+        return None  # "a machine that makes coffee"
     quantity = reader.accept(QUANTITIES)
     definite = reader.accept_word(lexicon.DETERMINERS) is not None
-    count = _number(reader)
-    quantity = quantity or reader.accept(QUANTITIES)
+    count, bound = _amount(reader)
+    quantity = quantity or bound or reader.accept(QUANTITIES)
     first = reader.at
-    end = _end(reader, first, article=first > start)
-    noun_at = _noun_start(reader, first, end, article=first > start)
+    article = after_no or first > start
+    end = _end(reader, first, article=article, plural=count is not None and count > 1)
+    noun_at = _noun_start(reader, first, end, article=article)
     if noun_at is None:
         reader.at = start
         return None
     color, size, traits = _qualities(reader, first, noun_at)
-    words = reader.words[noun_at:end]
+    name = " ".join(reader.words[noun_at:end])
+    if count == 2 and reader.words[first - 2] == "pair" and reader.words[end - 1] in lexicon.ALWAYS_PLURAL:
+        count = 1  # "a pair of scissors"
+    # what one wears, where no number says otherwise
+    is_name = reader.tokens[end - 1].is_name or (name == "glasses" and count is None and quantity is None)
     group = Group(
-        noun=singular(" ".join(words)), count=count, color=color, size=size, traits=traits,
-        name=" ".join(words),
+        noun=name if is_name else singular(name), count=count, color=color, size=size,
+        traits=traits, name=name,
     )  # fmt: skip
     reader.at = end
     phrase = NounPhrase(
@@ -158,6 +180,30 @@ def _owned(reader: Reader, owner: NounPhrase) -> NounPhrase | None:
     return replace(thing, group=group, definite=owner.definite, quantity=owner.quantity)
 
 
+def _amount(reader: Reader) -> tuple[int | None, str | None]:
+    """A number, also "exactly three" and "two pairs of"; or, as words, one that is not exact: "at least three"."""
+    start = reader.at
+    word = reader.words[start] if start < len(reader.words) else ""
+    if word not in _AMOUNT_WORDS and "-" not in word and not word[:1].isdecimal():
+        return None, None
+    bound = reader.accept_word(lexicon.EXACT) or reader.accept(BOUNDS)
+    count = _number(reader)
+    inexact = bound is not None and bound not in lexicon.EXACT
+    if count is None or (inexact and count == 1):  # "a book about a car"
+        reader.at = start
+        return None, None
+    if inexact:
+        return None, " ".join(reader.words[start : reader.at])
+    if reader.words[reader.at : reader.at + 2] == ["pairs", "of"]:
+        reader.at += 2
+        if not lexicon.ALWAYS_PLURAL.intersection(reader.words[reader.at : reader.at + 2]):
+            count *= 2
+    return count, None
+
+
+_AMOUNT_WORDS = {*NUMBERS.first_words, *BOUNDS.first_words, *lexicon.EXACT}
+
+
 def _number(reader: Reader) -> int | None:
     phrase = reader.accept(NUMBERS)
     if phrase is not None:
@@ -168,24 +214,32 @@ def _number(reader: Reader) -> int | None:
         reader.at += 1
         return lexicon.NUMBERS[tens] + lexicon.NUMBERS[ones]
     digits = word.replace(",", "")
-    if digits.isdecimal() and digits.isascii() and len(digits) <= 3:
+    # four digits without a comma are a year
+    if digits.isdecimal() and digits.isascii() and (len(digits) <= 3 or "," in word):
         reader.at += 1
         return int(digits)
     return None
 
 
-def _end(reader: Reader, first: int, *, article: bool) -> int:
-    """Where the noun phrase that starts at `first` ends."""
-    at, has_noun, one = first, False, reader.words[first - 1 : first] in (["a"], ["an"], ["another"])
-    while at < len(reader.tokens) and not (has_noun and RELATIONS.at(reader.words, at)):
+def _end(reader: Reader, first: int, *, article: bool, plural: bool) -> int:
+    """Where the noun phrase that starts at `first` ends. plural: a number above one stands before it."""
+    words = reader.words
+    at, has_noun, one = first, False, words[first - 1 : first] in (["a"], ["an"], ["another"], ["one"])
+    while at < len(reader.tokens):
+        may_end = has_noun or (article and at > first and words[at] in lexicon.SIDES)
+        if may_end and words[at] in RELATIONS.first_words and RELATIONS.at(words, at):
+            return at
         part, follows = reader.part(at), reader.part(at + 1)
-        nominal = follows in _NOUNS or follows in QUALITIES or follows is Part.VERB
+        nominal = follows in _NOMINAL
+        if plural and part is Part.VERB and words[at].endswith("s") and reader.part(at - 1) is Part.NOUN and at > first:
+            part = Part.PLURAL  # "two bus stops": the number wants a plural
         # no verb agrees with "a teddy" but "bears": "a teddy bear"
-        if part in _NOUNS or (part is Part.VERB and has_noun and one and not reader.words[at].endswith("s")):
-            if has_noun and _is_predicate(reader, at, article=article, one=one):
+        if part in _NOUNS or (part is Part.VERB and has_noun and one and not words[at].endswith("s")):
+            agrees = plural and part is Part.PLURAL
+            if has_noun and not agrees and _is_predicate(reader, at, article=article, one=one):
                 return at
             has_noun = True
-        elif compound := COMPOUNDS.at(reader.words, at):
+        elif words[at] in COMPOUNDS.first_words and (compound := COMPOUNDS.at(words, at)):
             at += compound.count(" ")
             has_noun = True
         elif has_noun:
@@ -198,13 +252,14 @@ def _end(reader: Reader, first: int, *, article: bool) -> int:
                 return at
             has_noun = True
         elif part is Part.ADVERB:
-            if follows not in QUALITIES:
+            # "a still lake"
+            if follows not in QUALITIES and not (article and at == first and follows in _NOUNS):
                 # "on their back"
                 return at + 1 if article and at == first and not nominal else at
         elif part is Part.QUOTE or part in (Part.PAST, Part.ING):
             if not nominal and follows is not Part.QUOTE:
                 return at
-        elif part is not Part.ADJECTIVE and not (at > first and _joins_qualities(reader, at)):
+        elif part is not Part.ADJECTIVE and not (at > first and _is_joint(reader, at) and _joins_qualities(reader, at)):
             return at
         at += 1
     return at
@@ -223,23 +278,33 @@ def _is_predicate(reader: Reader, at: int, *, article: bool, one: bool) -> bool:
         return reader.part(at + 1) not in _NOUNS
     if before is Part.NOUN and part is Part.PLURAL:
         follows = reader.words[at + 1 : at + 2]
-        return article and bool(follows) and follows[0] in _BEGINS_AN_OBJECT and is_verb(word)
+        # "a crowd watches": nothing that "a" stands before is a plural
+        return is_verb(word) and (one or (article and bool(follows) and follows[0] in _BEGINS_AN_OBJECT))
+    if before is Part.PLURAL and part is Part.PLURAL:
+        # "a hat and sunglasses rides a horse"
+        return reader.words[at + 1 : at + 2] != [] and reader.words[at + 1] in _BEGINS_AN_OBJECT and is_verb(word)
     if before is Part.PLURAL and part is Part.NOUN and not one:
         return reader.part(at + 1) in (Part.OTHER, Part.DETERMINER) and is_verb(word)
     return False
 
 
 def _joins_qualities(reader: Reader, at: int) -> bool:
-    """Whether a comma or "and" stands between qualities of one noun: "red and blue flag", "a sleek, modern car"."""
-    if at >= len(reader.tokens) or (reader.words[at] != "and" and reader.tokens[at].text != ","):
-        return False
+    """Whether commas and "and" stand between qualities of one noun: "red, white and blue flag"."""
     if reader.part(at - 1) not in QUALITIES:
         return False
-    at += 2 if reader.words[at] != "and" and reader.words[at + 1 : at + 2] == ["and"] else 1
-    start = at
-    while reader.part(at) in (*QUALITIES, Part.ADVERB):
-        at += 1
-    return at > start and reader.part(at) in _NOUNS
+    while _is_joint(reader, at):
+        while _is_joint(reader, at):
+            at += 1
+        start = at
+        while reader.part(at) in (*QUALITIES, Part.ADVERB):
+            at += 1
+        if at == start:
+            return False
+    return reader.part(at) in _NOUNS
+
+
+def _is_joint(reader: Reader, at: int) -> bool:
+    return at < len(reader.tokens) and (reader.words[at] == "and" or reader.tokens[at].text == ",")
 
 
 def _noun_start(reader: Reader, first: int, end: int, *, article: bool) -> int | None:
@@ -248,7 +313,8 @@ def _noun_start(reader: Reader, first: int, end: int, *, article: bool) -> int |
     while at > first and reader.part(at - 1) in (*_NOUNS, Part.VERB):
         at -= 1
     for place in range(first, at):
-        if (compound := COMPOUNDS.at(reader.words, place)) and place + compound.count(" ") + 1 >= at:
+        compound = COMPOUNDS.at(reader.words, place)
+        if compound and place + compound.count(" ") + 1 >= at:
             return place
     while at < end - 1 and reader.words[at] in lexicon.MATERIALS:
         at += 1
@@ -283,6 +349,8 @@ def _qualities(reader: Reader, first: int, end: int) -> tuple[str | None, str | 
         elif word and word != "and":
             traits.append(before + word)
             before = ""
+    if before:
+        traits.append(before.strip())  # "still"
     if len(colors) > 1:
         traits += [f"partly {color}" for color in colors]
     return colors[0] if len(colors) == 1 else None, sizes[0] if sizes else None, tuple(dict.fromkeys(traits))

@@ -2,6 +2,8 @@
 
 import hashlib
 import re
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 from importlib.metadata import entry_points
 from typing import Annotated, Literal
 
@@ -13,6 +15,7 @@ from pydantic import (
     StrictBool,
     StrictInt,
     StrictStr,
+    WrapValidator,
     model_validator,
 )
 
@@ -73,19 +76,19 @@ class Requirement(_Model):
 
     @model_validator(mode="after")
     def _arguments_fit_check(self) -> "Requirement":
-        if self.check not in BUILTIN_CHECKS:
+        if self.check not in NEEDED_FIELDS:
             _require_known_check(self.check)
             return self
-        given = {name for name in _ARGUMENTS if getattr(self, "relation" if name == "is" else name) is not None}
-        needed = set(NEEDED_FIELDS[self.check])
-        if missing := sorted(needed - given):
-            raise ValueError(f"check {self.check} lacks {', '.join(missing)}; it takes {_fields_of(self.check)}")
-        if surplus := sorted(given - needed - set(OPTIONAL_FIELDS.get(self.check, ()))):
-            raise ValueError(
-                f"check {self.check} does not take {', '.join(surplus)}; it takes {_fields_of(self.check)}"
-            )
+        problem = _wrong_arguments(
+            self.check, self.target is not None, self.equals is not None, self.subject is not None,
+            self.relation is not None, self.object is not None, self.ask is not None,
+        )  # fmt: skip
+        if problem:
+            raise ValueError(problem)
         if self.expect == "absent" and self.check not in ("object", "style", "vqa"):
             raise ValueError(f"expect: absent fits the checks object, style and vqa, not {self.check}")
+        if self.via == "ocr" and self.check != "text":
+            raise ValueError(f"via: ocr reads text; the check {self.check} takes via: cv, detector or vlm")
         self._equals_has_right_type()
         return self
 
@@ -126,6 +129,20 @@ class Gate(_Model):
     cap: Fraction
 
 
+def graph_problems(rows: Sequence[tuple[str, Sequence[str]]]) -> Iterator[tuple[int, str, str]]:
+    """What is wrong between requirements, given as id and needs: the place of one, its field, and how to mend it."""
+    ids = [name for name, _ in rows]
+    for i, (name, needs) in enumerate(rows):
+        if name in ids[:i]:
+            yield i, "id", f"two requirements share the id {name}; ids must be unique"
+        for need in needs:
+            if need not in ids:
+                yield i, "needs", f"{name} needs {need}, which no requirement is; {did_you_mean(need, ids)}"
+    known = {name: tuple(need for need in needs if need in ids) for name, needs in rows}
+    if cycle := _find_cycle(known):
+        yield ids.index(cycle[0]), "needs", f"needs go in a circle: {' -> '.join(cycle)}; remove one of them"
+
+
 def prompt_sha(prompt: str) -> str:
     """Short hash by which a prompt is found again."""
     return hashlib.sha256(prompt.encode()).hexdigest()[:12]
@@ -147,35 +164,51 @@ class Source(_Model):
     content_sha: str | None = None
 
 
+def _once(value: object, validate: Callable[[object], Requirement]) -> Requirement:
+    """A requirement that is one already was validated when it was made."""
+    return value if isinstance(value, Requirement) else validate(value)
+
+
 class Rubric(_Model):
     """The requirements of one prompt, and how they add up."""
 
     version: Literal[1] = 1
     prompt: str
-    requirements: tuple[Requirement, ...] = ()
+    requirements: tuple[Annotated[Requirement, WrapValidator(_once)], ...] = ()
     aggregate: Aggregate = Aggregate()
     gates: tuple[Gate, ...] = ()
     source: Source | None = None
 
     @model_validator(mode="after")
     def _ids_and_needs(self) -> "Rubric":
-        ids = [r.id for r in self.requirements]
-        if twice := sorted({i for i in ids if ids.count(i) > 1}):
-            raise ValueError(f"two requirements share the id {', '.join(twice)}; ids must be unique")
+        ids: list[str] = []
         for requirement in self.requirements:
-            for need in requirement.needs:
-                if need not in ids:
-                    raise ValueError(
-                        f"{requirement.id} needs {need}, which no requirement is; {did_you_mean(need, ids)}"
-                    )
-        if cycle := _find_cycle({r.id: r.needs for r in self.requirements}):
-            raise ValueError(f"needs go in a circle: {' -> '.join(cycle)}; remove one of them")
+            if requirement.id in ids or not all(need in ids for need in requirement.needs):
+                break
+            ids.append(requirement.id)
+        else:
+            return self  # each is new and needs only what stands before it, as in most rubrics
+        problem = next(graph_problems([(r.id, r.needs) for r in self.requirements]), None)
+        if problem is not None:
+            raise ValueError(problem[2])
         return self
 
     @property
     def permits(self) -> frozenset[str]:
         """The artifact classes that the prompt asks for, and that are therefore no defects."""
         return frozenset(p for r in self.requirements for p in r.permits)
+
+
+@lru_cache(maxsize=1024)
+def _wrong_arguments(check: str, *is_given: bool) -> str | None:
+    """What is wrong with the arguments of a built-in check, of which some of `_ARGUMENTS` are given."""
+    given = {name for name, there in zip(_ARGUMENTS, is_given, strict=True) if there}
+    needed = set(NEEDED_FIELDS[check])
+    if missing := sorted(needed - given):
+        return f"check {check} lacks {', '.join(missing)}; it takes {_fields_of(check)}"
+    if surplus := sorted(given - needed - set(OPTIONAL_FIELDS.get(check, ()))):
+        return f"check {check} does not take {', '.join(surplus)}; it takes {_fields_of(check)}"
+    return None
 
 
 def _fields_of(check: str) -> str:

@@ -14,6 +14,7 @@ from rlhf_img.judges import Judge
 from rlhf_img.rubrics.checks import Check, CheckResult, find_check
 from rlhf_img.rubrics.detector import Detector, ask_detector
 from rlhf_img.rubrics.questions import ask_judge
+from rlhf_img.rubrics.regions import read_on_targets
 from rlhf_img.rubrics.schema import Aggregate, Requirement, Rubric
 from rlhf_img.rubrics.vision import Analysis, Box, analyze
 
@@ -63,9 +64,13 @@ def score_all(
     detector: Detector | None = None,
 ) -> list[RubricResult]:
     """As `score`, of each image with its rubric. What the checks leave unscored, the detector is asked, all at once;
-    then the judge, what the detector leaves. `via` says if one of them alone is to score."""
+    then the judge, what the detector leaves. `via` says if one of them alone is to score. Text on a target that the
+    detector finds is read there alone.
+    """
     raw = [_run_checks(rubric, image, {}) for rubric, image in zip(rubrics, images, strict=True)]
     if detector is not None:
+        for (place, name), result in read_on_targets(detector, rubrics, images).items():
+            raw[place][name] = result
         _fill(raw, rubrics, "detector", partial(ask_detector, detector, images))
     if judge is not None:
         _fill(raw, rubrics, "vlm", partial(ask_judge, judge, images))

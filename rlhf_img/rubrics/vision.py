@@ -7,6 +7,7 @@ the whole image blurred or grainy; each is measured, and allowed for before obje
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -16,12 +17,17 @@ from scipy import ndimage
 from rlhf_img.rubrics import lexicon, templates
 from rlhf_img.rubrics.colors import name_of
 
+if TYPE_CHECKING:
+    from rlhf_img.rubrics.ocr import Line
+
 Array = npt.NDArray[np.floating]
 Mask = npt.NDArray[np.bool_]
 Box = tuple[float, float, float, float]
 """Left, top, right, bottom as fractions of the image's width and height."""
 
 SIDE = 64
+LARGE = 2 * SIDE
+"""Longer side above which an image is no scene of a few shapes with a word, so that text is looked for everywhere."""
 _MIN_AREA = 20
 """Pixels below which a spot is dirt, not an object."""
 _MIN_CONTRAST = 38.0
@@ -59,11 +65,24 @@ class Analysis:
     corner_shade: float
 
     @cached_property
-    def text(self) -> tuple[str, float]:
-        """The words that the image shows, and the reader's confidence in [0, 1]; read when first asked for."""
-        from rlhf_img.rubrics.ocr import read
+    def lines(self) -> "tuple[Line, ...]":
+        """The lines of text in the image; read when first asked for.
 
-        return read(self.image, self.text_box) if self.text_box else ("", 1.0)
+        In a small image that is the strip where the vision found writing, in a larger one whatever the reader finds.
+        """
+        from rlhf_img.rubrics import ocr
+
+        if max(self.image.shape[:2]) > LARGE:
+            return ocr.read_lines(self.image)
+        if self.text_box is None:
+            return ()
+        text, confidence = ocr.read(self.image, self.text_box)
+        return (ocr.Line(text=text, confidence=confidence, box=self.text_box),)
+
+    @cached_property
+    def text(self) -> tuple[str, float]:
+        """The words that the image shows, and the least of the reader's confidences in [0, 1]."""
+        return " ".join(line.text for line in self.lines), min((line.confidence for line in self.lines), default=1.0)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -9,8 +9,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rlhf_img.errors import RlhfImgError
+from rlhf_img.judges import load_canaries, save_canaries
 from rlhf_img.model.policy import Policy
 
+_CANARIES = "canaries.safetensors"
 Trained = Mapping[str, tuple[Policy, torch.optim.Optimizer]]
 """What is trained, by name, each with its optimiser."""
 
@@ -18,7 +20,8 @@ Trained = Mapping[str, tuple[Policy, torch.optim.Optimizer]]
 def save_state(folder: Path, trained: Trained, step: int) -> None:
     """Weights, their average, the optimiser's moments and the step, as safetensors and JSON.
 
-    Nothing else has to be kept: prompts and noise depend on the seed and the step alone.
+    Of the judges, what their canaries compare with. Nothing else has to be kept: prompts and noise depend on the seed
+    and the step alone.
     """
     for role, (policy, optimizer) in trained.items():
         tensors = {f"weights/{name}": p.detach() for name, p in policy.parameters.items()}
@@ -27,6 +30,7 @@ def save_state(folder: Path, trained: Trained, step: int) -> None:
             for key, value in optimizer.state[parameter].items():
                 tensors[f"optimizer/{key}/{name}"] = torch.as_tensor(value)
         save_file({name: t.contiguous().cpu() for name, t in tensors.items()}, folder / f"{role}.safetensors")
+    save_canaries(folder / _CANARIES)
     (folder / "state.json").write_text(json.dumps({"step": step}))
 
 
@@ -44,6 +48,7 @@ def load_state(folder: Path, trained: Trained) -> int:
         ) from error
     for role, (policy, optimizer) in trained.items():
         _load_role(folder, tensors[role], policy, optimizer)
+    load_canaries(folder / _CANARIES)
     return int(step)
 
 
