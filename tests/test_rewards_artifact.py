@@ -13,8 +13,11 @@ from rlhf_img.playground.render import render
 from rlhf_img.playground.scene import SIZE, Scene, Thing, sample_scene
 from rlhf_img.rewards.appearance import gaussian_blur, random_look
 from rlhf_img.rewards.artifact import artifact
+from rlhf_img.rewards.artifact_losses import Targets, detector_loss
+from rlhf_img.rewards.artifact_measure import auc
 from rlhf_img.rewards.artifact_model import WEIGHTS, DefectNet, load_detector, log_p_clean
-from rlhf_img.rewards.artifact_training import ArtifactTraining, auc, detector_loss, make_pairs, train_artifact
+from rlhf_img.rewards.artifact_pairs import make_pairs
+from rlhf_img.rewards.artifact_training import ArtifactTraining, train_artifact
 from rlhf_img.rewards.defects import CLASSES, inject, object_masks, permitted
 from rlhf_img.rewards.protocol import Images
 from rlhf_img.rubrics.schema import Requirement, Rubric
@@ -71,7 +74,8 @@ def test_detector_loss_by_hand():
     # One class, one cell, p = 3/4: image, class and cell each cost -log of what was true.
     heat = torch.full((2, 1, 1, 1), math.log(3.0))
     target = torch.tensor([0.0, 1.0]).reshape(2, 1, 1, 1)
-    loss = detector_loss(heat, heat[..., 0, 0], target, torch.tensor([False, True]), 2.0)
+    targets = Targets(damaged_B=torch.tensor([False, True]), class_BK=target[..., 0, 0], cells_BKhw=target)
+    loss = detector_loss(heat, heat[..., 0, 0], targets, 2.0)
     torch.testing.assert_close(loss, torch.tensor([-4 * math.log(0.25), -4 * math.log(0.75)]))
 
 
