@@ -96,7 +96,7 @@ def train_artifact(
         raise RlhfImgError("--policy-prompts and the judge are for images of a policy: give it with --policy")
     default = ArtifactTraining()
     config = ArtifactTraining(seed=seed, steps=steps or default.steps, appearance=appearance)
-    source = _source(images, side, seed)
+    source = pictures_of(images, side, seed)
     parts = [_read(file, source.side, config) for file in labels or ()]
     if policy is not None:
         file = _draw(policy, policy_images, policy_prompts, out, seed, (judge_model, judge_url, judge_key_env))
@@ -107,7 +107,7 @@ def train_artifact(
     typer.echo(f"Wrote {out}, {out.with_suffix('.json')} and {out.with_suffix('.png')}")
 
 
-def _source(images: Path | None, side: int, seed: int) -> "Playground | Photographs":
+def pictures_of(images: Path | None, side: int, seed: int) -> "Playground | Photographs":
     """The pictures that the options mean, after saying what was read."""
     from rlhf_img.rewards.artifact_pairs import PLAYGROUND
     from rlhf_img.rewards.folder_images import read_folder, summary

@@ -92,7 +92,12 @@ class Detector:
     def __call__(
         self, images_B3HW: Float[Tensor, "B 3 H W"], *, batch: int = 256
     ) -> tuple[Float[Tensor, "B K"], Float[Tensor, "B K h w"]]:
-        """Image logits and heat maps on the CPU. Raises RlhfImgError for images of a size the network never saw."""
+        """Image logits and heat maps on the CPU. Raises what `parts` raises."""
+        heat = torch.cat([self.net(part).float() for part in self.parts(images_B3HW, batch)])
+        return self.net.pool(heat).cpu(), heat.cpu()
+
+    def parts(self, images_B3HW: Float[Tensor, "B 3 H W"], batch: int = 256) -> list[Tensor]:
+        """Images as the network takes them. Raises RlhfImgError for images of a size that it never saw."""
         height, width = images_B3HW.shape[-2:]
         if max(height, width) > 2 * self.side or min(height, width) < self.side / 2:
             raise RlhfImgError(
@@ -102,9 +107,7 @@ class Detector:
                 f"{{reward: artifact, options: {{weights: FILE}}}}; or leave the reward out."
             )
         device = next(self.net.parameters()).device
-        heats = [self.net(part.to(device, torch.float32)).float() for part in images_B3HW.split(batch)]
-        heat = torch.cat(heats)
-        return self.net.pool(heat).cpu(), heat.cpu()
+        return [part.to(device, torch.float32) for part in images_B3HW.split(batch)]
 
 
 def _fitting(height: int, width: int) -> int:
