@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -186,7 +187,8 @@ def test_the_reward_says_what_the_list_changed(tmp_path):
 
 def test_a_list_survives_people(tmp_path):
     net, sae = tiny_net()
-    named = Feature(id=1, name="no", mark="style", proposed="artifact", defect_auc=0.7, style="grain, weak", style_auc=0.5)
+    named = Feature(id=1, name="no", mark="style", proposed="artifact", defect_auc=0.7, style="grain, weak",
+                    style_auc=0.5)
     file = write_folder(tmp_path, net, sae, [named, Feature(id=0)])
     assert read_list(file).features == (named, Feature(id=0))
     assert [line for line in file.read_text().splitlines() if line.startswith("  - {id: 0")]
@@ -201,7 +203,7 @@ def test_a_list_survives_people(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: t.replace("mark: null", "mark: stile", 1), r'features\[0\]\.mark: .*got \'stile\'.*did you mean "style"'),
+        (lambda t: t.replace("mark: null", "mark: stile", 1), r'features\[0\]\.mark: .*did you mean "style"'),
         (lambda t: t.replace("name: null", "nmae: null", 1), r'features\[0\]: unknown key "nmae": did you mean "name"'),
         (lambda t: t.replace("name: null", "name: no", 1), r"features\[0\]\.name"),
         (lambda t: t.replace("id: 0", "id: 1"), "feature 1 is there twice"),
@@ -305,15 +307,16 @@ def test_a_judge_names_what_it_sees_more_often_than_usual():
 
 def test_the_command_makes_a_list_and_a_sheet_and_keeps_what_was_written_by_hand(tmp_path, monkeypatch):
     monkeypatch.setattr("rlhf_img.cli.train_sae._POOL", 7)
-    monkeypatch.setattr("rlhf_img.rewards.sae_features._MEASURED", 14)
-    monkeypatch.setattr("rlhf_img.rewards.sae_features.measure_features.__kwdefaults__", {"n": 14}, raising=False)
-    monkeypatch.setattr("rlhf_img.rewards.sae_features.sae_card.__kwdefaults__", {"n": 14}, raising=False)
+    monkeypatch.setattr("rlhf_img.rewards.sae_features.measure_features", partial(measure_features, n=14))
+    monkeypatch.setattr("rlhf_img.rewards.sae_features.sae_card", partial(sae_card, n=14))
     out = tmp_path / "sae"
-    args = ["train", "sae", "--out", str(out), "--steps", "2", "--features", "16", "--k", "2", "--shown", "5", "--top", "3"]
+    args = ["train", "sae", "--out", str(out), "--steps", "2", "--features", "16", "--k", "2"]
+    args += ["--shown", "5", "--top", "3"]
     first = CliRunner().invoke(app, args, catch_exceptions=False)
     assert "0 marked artifact, 0 style" in first.stdout
     sheet = (out / "features.html").read_text()
-    assert sheet.count('class="card feature"') <= 5 and 0 < sheet.count("data:image/") <= 15 and "src=\"http" not in sheet
+    assert 0 < sheet.count('class="card feature"') <= 5 and 0 < sheet.count("data:image/") <= 15
+    assert 'src="http' not in sheet
     listed = read_list(out / "features.yaml")
     ours = replace(listed.features[0], name="<b>edges", mark="style")
     write_list(out / "features.yaml", replace(listed, unmarked="drop", features=(ours, *listed.features[1:])))

@@ -3,7 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -24,7 +24,7 @@ _POOL = 140
 
 
 def train_sae(
-    out: Annotated[Path, typer.Option(metavar="FOLDER", help="For weights, card, list and contact sheet.")] = Path("sae"),
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="For weights, card, list and sheet.")] = Path("sae"),
     images: Pictures = None,
     side: Side = 64,
     weights: Annotated[
@@ -137,15 +137,7 @@ def _shown(
 ) -> "list[Feature]":  # fmt: skip
     """Writes list and sheet, after a judge has named what is on the sheet without a name; gives the features back."""
     from rlhf_img.report.features import FeatureView, build_sheet
-    from rlhf_img.rewards.allow_list import (
-        LIST_FILE,
-        SAE_FILE,
-        SHEET_FILE,
-        FeatureList,
-        digest_of,
-        read_list,
-        write_list,
-    )
+    from rlhf_img.rewards import allow_list
     from rlhf_img.rewards.heat import overlay
     from rlhf_img.rewards.sae_features import name_features, pool_of, top_images
 
@@ -156,16 +148,18 @@ def _shown(
         unnamed = {f.id: tops[f.id] for f in features[: counts[0]] if f.name is None}
         called = name_features(judge, pixels, unnamed, vocabulary)
         features = [replace(f, name=f.name or called.get(f.id)) for f in features]
-    file = out / LIST_FILE
-    unmarked: Any = read_list(file).unmarked if file.is_file() else "keep"
-    write_list(file, FeatureList(sae=digest_of(out / SAE_FILE), unmarked=unmarked, features=tuple(features)))
+    file = out / allow_list.LIST_FILE
+    allow_list.write_list(file, allow_list.FeatureList(
+        sae=allow_list.digest_of(out / allow_list.SAE_FILE), features=tuple(features),
+        unmarked=allow_list.read_list(file).unmarked if file.is_file() else "keep",
+    ))  # fmt: skip
     views = [FeatureView(f.id, f.name, f.mark, f.proposed,
                          f"defects {f.defect_auc:.2f}, {f.style} {f.style_auc:.2f}",
                          tuple(overlay(pixels[t.place], t.heat_hw) for t in tops[f.id]))
              for f in features[: counts[0]]]
     build_sheet(views, "Features", [
-        f"The {len(views)} clearest of {len(features)} features; in red, where in the image. Figures: how often a damaged "
+        f"The {len(views)} clearest of {len(features)} features; in red, where. Figures: how often a damaged "
         "image has more of the feature than a clean one, and an image in a style more than without; 0.5 is chance.",
-        f"Write names and marks into {LIST_FILE}.",
-    ], out / SHEET_FILE)  # fmt: skip
+        f"Write names and marks into {allow_list.LIST_FILE}.",
+    ], out / allow_list.SHEET_FILE)  # fmt: skip
     return features

@@ -2,6 +2,7 @@
 
 import io
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -154,6 +155,16 @@ def style_look(style: str, strength: float, batch: int, side: int, generator: to
         case "JPEG":
             return replace(look, jpeg_B=all_of_it)
     raise ValueError(f'no style "{style}"')
+
+
+def in_every_style(images_B3HW: Float[Tensor, "B 3 H W"], seed: int) -> Iterator[tuple[str, Tensor]]:
+    """Images as they are ("no style"), and in each of `STYLES`, "weak", "medium" and "strong"."""
+    yield "no style", images_B3HW
+    for style, strengths in STYLES.items():
+        for level, strength in zip(("weak", "medium", "strong"), strengths, strict=True):
+            look = style_look(style, strength, len(images_B3HW), images_B3HW.shape[-1],
+                              torch.Generator().manual_seed(seed))
+            yield f"{style}, {level}", look(images_B3HW)
 
 
 def gaussian_blur(x_B3HW: Float[Tensor, "B 3 H W"], sigma_B: Float[Tensor, " B"]) -> Float[Tensor, "B 3 H W"]:

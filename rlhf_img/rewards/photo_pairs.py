@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rlhf_img.errors import RlhfImgError
 from rlhf_img.playground.scene import Split
-from rlhf_img.rewards.appearance import STYLES, photo_look, style_look
+from rlhf_img.rewards.appearance import in_every_style, photo_look
 from rlhf_img.rewards.artifact_pairs import CleanTransform, Pairs, twins
 from rlhf_img.rewards.defects import CLASSES, inject
 from rlhf_img.rewards.folder_images import Folder
@@ -81,11 +81,7 @@ class Photographs:
         rng = np.random.default_rng((seed, 1))
         crops = np.stack([self._crop("heldout", rng) for _ in range(n)])
         plain = torch.from_numpy(crops).permute(0, 3, 1, 2).float() / 255
-        yield "no style", plain
-        for style, strengths in STYLES.items():
-            for level, strength in zip(("weak", "medium", "strong"), strengths, strict=True):
-                generator = torch.Generator().manual_seed(seed)
-                yield f"{style}, {level}", style_look(style, strength, n, self.side, generator)(plain)
+        yield from in_every_style(plain, seed)
 
     def card(self) -> dict[str, Any]:
         """What the weights were made of: counts, the held-out files, conversions, and what was skipped and why."""
