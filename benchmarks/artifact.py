@@ -2,9 +2,9 @@
 
     python benchmarks/artifact.py [--images 128] [--repeats 3] [--json FILE]
 
-The shipped network scores images of the playground in batches, and one at a time (the baseline). What matters to a run is
-the share of a step: the same images are also drawn by the embedded model in 8 steps. The median repeat counts; memory is
-what the process' peak grows by while the batch is scored first, weights included.
+The shipped network scores images of the playground in batches, and one at a time (the baseline). What matters to a run
+is the share of a step: the same images are also drawn by the embedded model in 8 steps. The median repeat counts;
+memory is what the process' peak grows by while the batch is scored first, weights included.
 """
 
 import argparse

@@ -1,8 +1,8 @@
 """The table of the experiment, as Markdown: python table.py runs/artifact-hacking
 
-Changes from before to after on held-out prompts, paired by prompt, with 95 % intervals over prompts; one line a run, and
-below them the mean over the seeds of each way. `residual` is the measure that no run was trained on: it falls where
-structure breaks.
+Changes from before to after on held-out prompts, paired by prompt, with 95 % intervals over prompts; one line a run,
+and below them the mean over the seeds of each way. `residual` is the measure that no run was trained on: it falls
+where structure breaks.
 """
 
 import json
