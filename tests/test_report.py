@@ -240,7 +240,7 @@ def test_what_the_artifact_reward_sees_is_shown_below_broken_images(tmp_path: Pa
     Image.new("RGB", (64, 64), "red").save(folder / "000.heat.png")
     rows[0]["defects"] = {"probability": {"hole": 0.93, "seam": 0.2, "speckle": 0.01}, "heat": "000.heat.png"}
     rows[1]["defects"] = {"probability": {"hole": 0.05}, "permitted": ["seam"], "heat": None}
-    rows[2]["defects"] = {"probability": {"seam": 0.4}, "heat": "../../config.yaml"}  # no image; nothing outside is read
+    rows[2]["defects"] = {"probability": {"seam": 0.4}, "heat": "../../config.yaml"}  # nothing outside is read
     (folder / "samples.json").write_text(json.dumps(rows))
     first, second, third = strips(load_run(run))[:3]
     assert first.frames[0].heat and first.frames[0].defects == (("hole", 0.93), ("seam", 0.2))
