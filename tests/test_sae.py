@@ -28,8 +28,16 @@ from rlhf_img.rewards.artifact import artifact
 from rlhf_img.rewards.artifact_model import DefectNet, load_detector
 from rlhf_img.rewards.artifact_pairs import PLAYGROUND, make_pairs
 from rlhf_img.rewards.protocol import Images
-from rlhf_img.rewards.sae import SparseAutoencoder, keep_top, sae_loss, unexplained
-from rlhf_img.rewards.sae_features import Top, _proposed, measure_features, name_features, sae_card, top_images
+from rlhf_img.rewards.sae import SparseAutoencoder, cells_of, keep_top, sae_loss, unexplained
+from rlhf_img.rewards.sae_features import (
+    Top,
+    _proposed,
+    measure_features,
+    name_features,
+    reconstruction,
+    sae_card,
+    top_images,
+)
 from rlhf_img.rewards.sae_training import SaeTraining, train_sae
 from rlhf_img.rubrics.schema import Rubric
 
@@ -91,12 +99,12 @@ def test_features_are_found_where_there_are_some():
     sae = SparseAutoencoder(8, 24, 2)
 
     def draw() -> torch.Tensor:
-        codes = keep_top(torch.rand(512, 12, generator=generator), 2)
+        codes = keep_top(torch.rand(256, 12, generator=generator), 2)
         return codes @ truth
 
     sae.fit_scale(draw())
     optimizer = torch.optim.Adam(sae.parameters(), lr=1e-2)
-    for _ in range(300):
+    for _ in range(150):
         loss, _ = sae_loss(sae, draw(), torch.zeros(24, dtype=torch.bool))
         optimizer.zero_grad()
         loss.backward()
@@ -271,6 +279,17 @@ def test_training_resumes_to_the_same_weights_and_refuses_another(tmp_path):
     card = sae_card(net, sae, PLAYGROUND, features, config, curve, head=True, n=14)
     assert card["explained_variance"] < 1 and 0 <= card["dead"] <= 1 and card["active"] <= 2
     assert set(card["separation"]) == {"artifact", "style"} and set(card["reward"]) == {"without", "proposed"}
+
+
+def test_what_is_explained_does_not_depend_on_how_images_are_divided():
+    net, sae = tiny_net()
+    images = torch.rand(19, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    x, _ = cells_of(net, images)
+    z = sae.encode(x)
+    found = reconstruction(net, sae, images)
+    assert found["explained_variance"] == pytest.approx(1 - unexplained(x, sae.decode(z)).item(), abs=1e-4)
+    assert found["active"] == pytest.approx((z > 0).sum(dim=1).float().mean().item(), rel=1e-5)
+    assert found["dead"] == (z.amax(dim=0) == 0).float().mean().item()
 
 
 def test_marks_are_proposed_where_one_thing_is_told_much_better_than_the_other():

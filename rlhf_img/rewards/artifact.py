@@ -107,9 +107,10 @@ def _look(
         return logits_BK, logits_BK, heat_BKhw, [()] * len(images_B3HW)
     allowed = _allow_list(features, detector)
     seen = [allowed(detector.net, part) for part in detector.parts(images_B3HW)]
-    before, after = (torch.cat([part[i] for part in seen]).float() for i in (0, 1))
+    before = torch.cat([without for without, _, _ in seen]).float()
+    after = torch.cat([listed for _, listed, _ in seen]).float()
     pool = detector.net.pool
-    return pool(before).cpu(), pool(after).cpu(), after.cpu(), [names for part in seen for names in part[2]]
+    return pool(before).cpu(), pool(after).cpu(), after.cpu(), [one for _, _, names in seen for one in names]
 
 
 @lru_cache(maxsize=4)

@@ -17,7 +17,7 @@ from rlhf_img.rewards.allow_list import CARD_FILE, AllowList, Feature, FeatureLi
 from rlhf_img.rewards.artifact_measure import HELDOUT_SEED, auc, evaluate
 from rlhf_img.rewards.artifact_model import DefectNet
 from rlhf_img.rewards.artifact_pairs import PairSource
-from rlhf_img.rewards.sae import SparseAutoencoder, cells_of, unexplained
+from rlhf_img.rewards.sae import SparseAutoencoder, cells_of
 from rlhf_img.rewards.sae_training import SaeTraining
 
 QUESTION = "Does this image show {name}?"
@@ -26,7 +26,8 @@ _NAMED = 0.2
 _OTHERS = 16
 """Images on which a name is asked for comparison."""
 _MEASURED = 280
-"""Pairs on which features are measured, and as many styled images of each style."""
+"""Pairs of 64 px on which features are measured, with half as many images of each style; fewer of larger ones."""
+_FEWEST = 56
 _CLEAR = 0.05
 """AUC above chance from which a feature tells something."""
 _LEAD = 2.0
@@ -42,14 +43,19 @@ def activations(net: DefectNet, sae: SparseAutoencoder, images_B3HW: Tensor) -> 
                       for part in images_B3HW.split(32)])
 
 
+def _pairs_of(source: PairSource, n: int | None) -> int:
+    return max(_FEWEST, _MEASURED * 64**2 // source.side**2) if n is None else n
+
+
 def measure_features(
-    net: DefectNet, sae: SparseAutoencoder, source: PairSource, *, n: int = _MEASURED
+    net: DefectNet, sae: SparseAutoencoder, source: PairSource, *, n: int | None = None
 ) -> list[Feature]:
     """Every feature that is alive on n pairs of split "val", with what it tells and what is proposed to mark it as.
 
     defect_auc: of damaged against clean images in the same looks. style_auc: of clean images in `style`, the one of all
     styles that the feature tells best, against the same images without. The clearest come first.
     """
+    n = _pairs_of(source, n)
     pairs = source.pairs(n, split="val", seed=(HELDOUT_SEED, 5))
     clean, damaged = (activations(net, sae, x) for x in (pairs.clean_B3HW, pairs.damaged_B3HW[pairs.visible_B]))
     styled = {name: activations(net, sae, x) for name, x in source.styled(n // 2, HELDOUT_SEED + 5)}
@@ -73,7 +79,7 @@ def _proposed(defect: float, style: float) -> Mark | None:
 
 def sae_card(
     net: DefectNet, sae: SparseAutoencoder, source: PairSource, features: list[Feature], config: SaeTraining,
-    curve: list[dict[str, float]], *, head: bool, n: int = _MEASURED,
+    curve: list[dict[str, float]], *, head: bool, n: int | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """What is measured on n held-out pairs that neither trained the autoencoder nor chose the marks.
 
@@ -82,9 +88,8 @@ def sae_card(
     AUC of each style against none. With a trained head also `reward`: its figures without a list, and with the
     proposals taken for marks.
     """
+    n = _pairs_of(source, n)
     pairs = source.pairs(n, split="heldout", seed=(HELDOUT_SEED, 6))
-    x, _ = cells_of(net, torch.cat([pairs.clean_B3HW, pairs.damaged_B3HW]))
-    z = sae.encode(x)
     clean, damaged = (activations(net, sae, y) for y in (pairs.clean_B3HW, pairs.damaged_B3HW[pairs.visible_B]))
     styled = {name: activations(net, sae, y) for name, y in source.styled(n // 2, HELDOUT_SEED + 6)}
     plain = styled.pop("no style")
@@ -95,11 +100,30 @@ def sae_card(
         separation[mark] = {"features": len(chosen), "styles": of_styles,
                             "defects": auc(damaged[:, chosen].sum(dim=1), clean[:, chosen].sum(dim=1))}
     return {
-        "embedding": embedding_of(net), "width": x.shape[1], "config": asdict(config), "side": source.side,
-        "pictures": source.card(), "explained_variance": 1 - float(unexplained(x, sae.decode(z))),
-        "dead": float((z.amax(dim=0) == 0).float().mean()), "active": float((z > 0).sum(dim=1).float().mean()),
+        "embedding": embedding_of(net), "width": len(sae.center_C), "config": asdict(config), "side": source.side,
+        "pictures": source.card(), **reconstruction(net, sae, torch.cat([pairs.clean_B3HW, pairs.damaged_B3HW])),
         "separation": separation, "reward": _reward(net, sae, source, features, n) if head else None, "curve": curve,
     }
+
+
+@torch.no_grad()
+def reconstruction(net: DefectNet, sae: SparseAutoencoder, images_B3HW: Tensor) -> dict[str, float]:
+    """`explained_variance` of the cells of some images, `dead`: the share of features that are active in none of them,
+    `active`: features a cell. Sums over parts, because all cells of large images together are too much."""
+    total, squares, error, active, cells = (torch.zeros((), dtype=torch.float64) for _ in range(5))
+    fired = torch.zeros(len(sae.bias_F), dtype=torch.bool)
+    for part in images_B3HW.split(8):
+        x, _ = cells_of(net, part)
+        z = sae.encode(x)
+        total = total + x.double().sum(dim=0)
+        squares += x.double().square().sum()
+        error += (x - sae.decode(z)).double().square().sum()
+        active += (z > 0).sum()
+        cells += len(x)
+        fired |= (z > 0).any(dim=0)
+    variance = squares - (total.square() / cells).sum()
+    return {"explained_variance": 1 - float(error / variance), "dead": float((~fired).float().mean()),
+            "active": float(active / cells)}
 
 
 def _reward(
@@ -133,18 +157,19 @@ def top_images(
     net: DefectNet, sae: SparseAutoencoder, pool_B3HW: Tensor, ids: Sequence[int], count: int
 ) -> dict[int, list[Top]]:
     """Of each feature the `count` images of a pool in which it is most active in one cell, the highest first."""
-    maps = []
-    for part in pool_B3HW.split(32):
-        x, (h, w) = cells_of(net, part)
-        maps.append(sae.encode(x)[:, list(ids)].unflatten(0, (len(part), h, w)))
-    heat_BhwF = torch.cat(maps)
-    peak_BF = heat_BhwF.amax(dim=(1, 2))
-    found = {}
-    for column, i in enumerate(ids):
-        values, places = peak_BF[:, column].topk(min(count, len(peak_BF)))
-        found[i] = [Top(place=p, activation=v, heat_hw=(heat_BhwF[p, :, :, column] / values[0]).numpy())
-                    for v, p in zip(values.tolist(), places.tolist(), strict=True) if v > 0]
+    peak_BF = activations(net, sae, pool_B3HW)
+    found: dict[int, list[Top]] = {}
+    for i in ids:
+        values, places = peak_BF[:, i].topk(min(count, len(peak_BF)))
+        found[i] = [Top(place=place, activation=value, heat_hw=_where(net, sae, pool_B3HW[place], i) / values[0].item())
+                    for value, place in zip(values.tolist(), places.tolist(), strict=True) if value > 0]
     return found
+
+
+def _where(net: DefectNet, sae: SparseAutoencoder, image_3HW: Tensor, i: int) -> npt.NDArray[np.float32]:
+    """The activation of feature i in each cell of an image, (h, w)."""
+    x, size = cells_of(net, image_3HW[None])
+    return np.asarray(sae.encode(x)[:, i].unflatten(0, size).numpy())
 
 
 def name_features(
