@@ -4,7 +4,7 @@
 
 The shipped network scores images of the playground in batches, and one at a time (the baseline). What matters to a run
 is the share of a step: the same images are also drawn by the embedded model in 8 steps. The median repeat counts;
-memory is what the process' peak grows by while the batch is scored first, weights included.
+memory is what the process' peak grows by while a batch of noise is scored, weights included, before anything else is.
 """
 
 import argparse
@@ -22,6 +22,7 @@ from rich.table import Table
 from rlhf_img.config import versions
 from rlhf_img.model.conditioning import Conditioner
 from rlhf_img.model.loading import load
+from rlhf_img.playground.scene import SIZE
 from rlhf_img.rewards.artifact import artifact
 from rlhf_img.rewards.protocol import Images
 from rlhf_img.rubrics.schema import Rubric
@@ -53,6 +54,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the figures here")
     options = parser.parse_args()
     n = options.images
+    before = peak_mib()
+    artifact(["noise"] * n, Images(torch.rand(n, 3, SIZE, SIZE)), rubrics=[Rubric(prompt="noise")] * n)
+    grown = peak_mib() - before
     model = load("playground")
     conditioner = Conditioner(model)
     prompts = from_playground("val", n)
@@ -62,9 +66,6 @@ def main() -> None:
 
     images = Images(draw())
     texts, rubrics = [p.text for p in prompts], [Rubric(prompt=p.text) for p in prompts]
-    before = peak_mib()
-    artifact(texts, images, rubrics=rubrics)
-    grown = peak_mib() - before
     found = {
         "in batches": seconds(lambda: artifact(texts, images, rubrics=rubrics), options.repeats),
         "one by one": seconds(lambda: [artifact(texts[i : i + 1], images[i : i + 1], rubrics=rubrics[i : i + 1])
