@@ -19,7 +19,8 @@ from rlhf_img.cli.reward import app
 from rlhf_img.errors import RlhfImgError
 from rlhf_img.rewards.appearance import STYLES, photo_look, style_look
 from rlhf_img.rewards.artifact import artifact
-from rlhf_img.rewards.artifact_training import ArtifactTraining, _heat_hits, evaluate, train_artifact
+from rlhf_img.rewards.artifact_measure import evaluate, heat_hits
+from rlhf_img.rewards.artifact_training import ArtifactTraining, train_artifact
 from rlhf_img.rewards.defects import CLASSES, inject
 from rlhf_img.rewards.folder_images import read_folder, summary
 from rlhf_img.rewards.photo_defects import INJECTORS, regions
@@ -249,7 +250,7 @@ def test_the_hottest_cell_hits_on_the_damage_or_one_cell_beside_it():
     mask[:, 0:4, 0:4] = True  # cell (0, 0) of 4 x 4; beside it are three more
     heat = torch.zeros(2, 4, 4)
     heat[0, 1, 1] = heat[1, 2, 2] = 1.0
-    hits, by_chance = _heat_hits(heat, mask)
+    hits, by_chance = heat_hits(heat, mask)
     assert hits.tolist() == [True, False] and by_chance == 4 / 16
 
 

@@ -232,6 +232,25 @@ def test_pairs_are_matched_by_prompt_and_seed_and_changes_are_marked(tmp_path: P
     assert "no image" in read(build([tmp_path / "run"])).text
 
 
+def test_what_the_artifact_reward_sees_is_shown_below_broken_images(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    assert "artifact reward sees" not in build([run]).read_text()
+    folder = run / "samples" / "before"
+    rows = json.loads((folder / "samples.json").read_text())
+    Image.new("RGB", (64, 64), "red").save(folder / "000.heat.png")
+    rows[0]["defects"] = {"probability": {"hole": 0.93, "seam": 0.2, "speckle": 0.01}, "heat": "000.heat.png"}
+    rows[1]["defects"] = {"probability": {"hole": 0.05}, "permitted": ["seam"], "heat": None}
+    rows[2]["defects"] = {"probability": {"seam": 0.4}, "heat": "../../config.yaml"}  # nothing outside is read
+    (folder / "samples.json").write_text(json.dumps(rows))
+    first, second, third = strips(load_run(run))[:3]
+    assert first.frames[0].heat and first.frames[0].defects == (("hole", 0.93), ("seam", 0.2))
+    assert second.frames[0].heat is None and second.frames[0].defects == () and third.frames[0].heat is None
+    page = read(build([run]))
+    assert "hole 93 %, seam 20 %" in page.text.replace("\xa0", " ")
+    assert any(attrs.get("alt") == "where the artifact reward sees hole, seam" for _, attrs in page.elements)
+    assert page.open == []
+
+
 def test_a_judge_that_changed_is_said_and_what_it_did_not_answer_is_counted(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

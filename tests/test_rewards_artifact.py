@@ -7,17 +7,25 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from rlhf_img.errors import RlhfImgError
 from rlhf_img.playground.render import render
 from rlhf_img.playground.scene import SIZE, Scene, Thing, sample_scene
+from rlhf_img.rewards import load_rewards, score
 from rlhf_img.rewards.appearance import gaussian_blur, random_look
 from rlhf_img.rewards.artifact import artifact
+from rlhf_img.rewards.artifact_losses import Targets, detector_loss
+from rlhf_img.rewards.artifact_measure import auc
 from rlhf_img.rewards.artifact_model import WEIGHTS, DefectNet, load_detector, log_p_clean
-from rlhf_img.rewards.artifact_training import ArtifactTraining, auc, detector_loss, make_pairs, train_artifact
+from rlhf_img.rewards.artifact_pairs import make_pairs
+from rlhf_img.rewards.artifact_training import ArtifactTraining, train_artifact
 from rlhf_img.rewards.defects import CLASSES, inject, object_masks, permitted
+from rlhf_img.rewards.heat import overlay
 from rlhf_img.rewards.protocol import Images
 from rlhf_img.rubrics.schema import Requirement, Rubric
+from rlhf_img.training.prompts import Prompt
+from rlhf_img.training.samples import Drawn, write_samples
 
 
 def rubric(*permits: str) -> Rubric:
@@ -71,7 +79,8 @@ def test_detector_loss_by_hand():
     # One class, one cell, p = 3/4: image, class and cell each cost -log of what was true.
     heat = torch.full((2, 1, 1, 1), math.log(3.0))
     target = torch.tensor([0.0, 1.0]).reshape(2, 1, 1, 1)
-    loss = detector_loss(heat, heat[..., 0, 0], target, torch.tensor([False, True]), 2.0)
+    targets = Targets(damaged_B=torch.tensor([False, True]), class_BK=target[..., 0, 0], cells_BKhw=target)
+    loss = detector_loss(heat, heat[..., 0, 0], targets, 2.0)
     torch.testing.assert_close(loss, torch.tensor([-4 * math.log(0.25), -4 * math.log(0.75)]))
 
 
@@ -190,3 +199,34 @@ def test_reward_is_high_for_clean_and_low_for_damaged_unless_permitted():
 def test_images_of_a_scale_it_never_saw_are_refused():
     with pytest.raises(RlhfImgError, match="256 x 256 px, but these weights were trained at 64 px"):
         artifact(["a red circle"], Images(torch.zeros(1, 3, 256, 256)), rubrics=[rubric()])
+
+
+def test_a_heat_map_reddens_the_image_where_it_is_hot_and_nowhere_else():
+    image = np.full((64, 64, 3), 100, np.uint8)
+    heat = np.zeros((16, 16), np.float16)
+    heat[2:6, 8:12] = 1.0
+    shown = overlay(image, heat)
+    assert shown.dtype == np.uint8 and shown[14, 38].tolist() == [208, 51, 30]  # 0.7 of (255, 30, 0), 0.3 of 100
+    assert (shown[40:] == 100).all() and (shown[:, :20] == 100).all()
+
+
+def test_samples_keep_what_the_artifact_reward_saw(tmp_path):
+    rng = np.random.default_rng(11)
+    scene = Scene(things=(Thing(shape="circle", color="red", size="large", x=32, y=30, radius=12),), background="white")
+    clean = render(scene)
+    damaged = inject("speckle", clean, object_masks(scene), rng)
+    images = Images(torch.from_numpy(np.stack([clean, damaged, damaged])).permute(0, 3, 1, 2).float() / 255)
+    prompts = [Prompt("a red circle", rubric(*permits)) for permits in ((), (), CLASSES)]
+    columns = {"rubrics": [p.rubric for p in prompts]}
+    scores = score(load_rewards("rubric,artifact"), [p.text for p in prompts], images, columns, max_unscored=1.0)
+    write_samples(tmp_path, Drawn(prompts=tuple(prompts), seeds=(0, 1, 2), images=images, scores=scores), 3)
+    good, bad, allowed = (row["defects"] for row in json.loads((tmp_path / "samples.json").read_text()))
+    assert good["heat"] is None and set(good["probability"]) == set(CLASSES)
+    assert next(iter(bad["probability"])) == "speckle" and bad["heat"] == "001.heat.png"
+    with Image.open(tmp_path / "001.heat.png") as shown:
+        changed = np.abs(np.asarray(shown).astype(int) - damaged).max(axis=-1) > 60
+    near = np.abs(damaged.astype(int) - clean).max(axis=-1) > 40
+    rows, columns_ = np.nonzero(near)
+    assert changed[rows.min() : rows.max() + 1, columns_.min() : columns_.max() + 1].sum() > 0.5 * changed.sum() > 0
+    assert allowed == {"probability": {}, "permitted": sorted(CLASSES), "heat": None}
+    assert sorted(p.name for p in tmp_path.glob("*.heat.png")) == ["001.heat.png"]

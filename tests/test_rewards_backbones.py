@@ -111,7 +111,7 @@ def test_the_head_learns_and_the_backbone_does_not(folders, monkeypatch):
     net = DefectNet(backbone)
     assert not any(name.startswith(("features", "backbone")) for name in net.state_dict())
     optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3)
-    from rlhf_img.rewards.artifact_training import Playground, make_pairs
+    from rlhf_img.rewards.artifact_pairs import Playground, make_pairs
 
     same = make_pairs(14, split="train", seed=(0, 0))
     monkeypatch.setattr(Playground, "pairs", lambda self, n, **settings: same)

@@ -163,6 +163,18 @@ def test_a_rubrics_gate_holds_for_its_prompt_only_and_spares_its_own_reward():
     assert metrics == {"gate/artifact/caught": 0.25, "gate/neon/inactive": 1.0}
 
 
+def test_a_reward_that_is_both_caps_the_others_and_keeps_its_own_slope():
+    rewards = [reward("rubric"), reward("artifact", role="both", below=0.8, cap=0.2)]
+    values = torch.tensor([[[0.9, 0.1], [0.9, 0.5], [0.9, 0.9]]])
+    gated, metrics = apply_gates(values, rewards)
+    torch.testing.assert_close(gated, torch.tensor([[[0.2, 0.1], [0.2, 0.5], [0.9, 0.9]]]))
+    assert metrics == {"gate/artifact/caught": pytest.approx(2 / 3)}
+    result, _ = advantages(rewards, values)
+    assert result[0, 0] < result[0, 1] < result[0, 2], "of two caught images the sounder one is better"
+    as_gate, _ = advantages([rewards[0], reward("artifact", role="gate", below=0.8, cap=0.2)], values)
+    assert as_gate[0, 0] == as_gate[0, 1] < as_gate[0, 2]
+
+
 def test_a_gate_needs_a_finite_range_to_cap():
     rewards = [reward("likes", range=(-math.inf, math.inf)), reward("safe", role="gate")]
     with pytest.raises(RlhfImgError, match="likes has the range"):

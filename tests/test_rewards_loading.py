@@ -82,7 +82,7 @@ def test_a_list_overrides_what_the_function_declares(plugin):
         ([{"reward": "rubric", "wieght": 2}], 'no setting "wieght"; did you mean "weight"'),
         ([{"reward": "rubric", "weight": "2"}], "weight is a number; given '2'"),
         ([{"reward": "rubric", "range": 3}], "range is"),
-        ([{"reward": "rubric", "role": "judge"}], 'role is "objective", "gate" or "measure"; given'),
+        ([{"reward": "rubric", "role": "judge"}], 'role is one of objective, gate, both, measure; given'),
         ([{"reward": "FILE:likes", "range": [float("-inf"), float("inf")], "floor": 0}], "floor is"),
         ([{"reward": "FILE:neon", "range": [float("-inf"), float("inf")]}], "no floor"),
         ([{"reward": "FILE:neon", "options": {"strenght": 1}}], 'no option "strenght"; did you mean "strength"'),

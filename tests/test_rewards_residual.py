@@ -12,7 +12,7 @@ from rlhf_img.model.vae import reconstruct
 from rlhf_img.playground.render import render
 from rlhf_img.playground.scene import STYLES, Scene, Thing, sample_scene
 from rlhf_img.rewards import Images, load_rewards, score
-from rlhf_img.rewards.artifact_training import auc
+from rlhf_img.rewards.artifact_measure import auc
 from rlhf_img.rewards.defects import CLASSES, inject, object_masks
 from rlhf_img.rewards.residual import fit_clean, residual, unexplained
 from rlhf_img.training.config import RunConfig

@@ -77,8 +77,7 @@ class GRPOConfig(RolloutConfig):
                     min(self.clip, self.lr, self.advantage_clip) > 0,
                 "grpo.ema must lie between 0 and 1, 1 excluded": 0 <= self.ema < 1,
                 "grpo.kl and grpo.reference_guidance must be 0 or more": min(self.kl, self.reference_guidance) >= 0,
-                'grpo.reference_guidance above 0 needs grpo.reference=base: an average that learns from its own guidance '
-                "would guide itself further and further":
+                "grpo.reference_guidance above 0 needs grpo.reference=base: an average would guide itself ever further":
                     self.reference == "base" or self.reference_guidance == 0,
             },
             self,

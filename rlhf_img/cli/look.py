@@ -2,14 +2,9 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
-
-from rlhf_img.errors import RlhfImgError
-
-if TYPE_CHECKING:
-    from rlhf_img.model.loading import Model
 
 _LORA = typer.Option(help="A LoRA folder to apply, such as a run's `lora`.")
 _MODEL = typer.Option(help='"playground", a diffusers folder, or a hub id.')
@@ -33,10 +28,11 @@ def sample(
     """
     from rlhf_img.model.conditioning import Conditioner
     from rlhf_img.rewards import Images
+    from rlhf_img.training.policies import open_policy
     from rlhf_img.training.prompts import Prompt
     from rlhf_img.training.samples import draw_images
 
-    loaded = _load(model, lora)
+    loaded = open_policy(model, lora)
     asked = [Prompt(p) for p in prompts for _ in range(images)]
     seeds = [seed + i for i in range(len(asked))]
     drawn = Images(draw_images(loaded, Conditioner(loaded), asked, seeds, num_steps=steps, guidance=guidance))
@@ -63,6 +59,7 @@ def evaluate(
     from rlhf_img.rewards import load_rewards
     from rlhf_img.training.evaluate import EvalConfig, summarise
     from rlhf_img.training.evaluate import evaluate as measure
+    from rlhf_img.training.policies import open_policy
     from rlhf_img.training.prompts import from_playground, read_prompts
 
     spec = load_rewards(rewards)
@@ -71,7 +68,7 @@ def evaluate(
     config = EvalConfig(prompts=count, num_steps=steps, guidance=guidance)
     results = []
     for name in models or ["playground"]:
-        loaded = _load_run(Path(name)) if (Path(name) / "config.yaml").is_file() else _load(name, None)
+        loaded = open_policy(name)
         results.append(summarise(name, measure(loaded, Conditioner(loaded), spec, asked, config)[0]))
     if as_json:
         typer.echo(json.dumps(results, indent=1))
@@ -101,22 +98,3 @@ def _print_scores(results: list[dict[str, Any]]) -> None:
             cells.append(f"{value['mean']:.3f} ({value['low']:.3f} to {value['high']:.3f})" if known else "-")
         table.add_row(title, *cells)
     Console().print(table)
-
-
-def _load(name: str, lora: Path | None) -> "Model":
-    from rlhf_img.model.export import load_lora
-    from rlhf_img.model.loading import load
-
-    model = load(name)
-    if lora is not None:
-        load_lora(model, lora, "lora")
-        model.transformer.set_adapter("lora")
-    return model
-
-
-def _load_run(run: Path) -> "Model":
-    from rlhf_img.config import load_yaml
-
-    if not (run / "lora").is_dir():
-        raise RlhfImgError(f"the run {run} has no LoRA yet; finish it with --resume")
-    return _load(str(load_yaml(run / "config.yaml")["config"]["model"]), run / "lora")

@@ -13,6 +13,10 @@ _LARGEST = 384
 """Longest side of an embedded image in pixels: a report stays small enough to mail."""
 
 
+_LIKELY = 0.1
+"""Probability from which a defect is named."""
+
+
 class Verdict(NamedTuple):
     """A requirement at one prompt and seed, before and after. None: could not tell, or not looked at."""
 
@@ -35,6 +39,10 @@ class Frame(NamedTuple):
     uri: str | None
     passed: bool | None
     """All requirements met; None where one is not known."""
+    heat: str | None
+    """The image under the artifact reward's heat map, where it said broken."""
+    defects: tuple[tuple[str, float], ...]
+    """The likeliest defects of a broken image."""
 
 
 class Strip(NamedTuple):
@@ -72,7 +80,7 @@ def _strip(by_tag: dict[str, dict[tuple[str, int], Sample]], before: Sample, aft
         prompt=before.prompt,
         seed=before.seed,
         frames=tuple(
-            Frame(tag_label(tag), data_uri(samples[key].image), all_passed(samples[key]))
+            _frame(tag, samples[key])
             for tag, samples in by_tag.items()
             if key in samples
         ),
@@ -80,6 +88,12 @@ def _strip(by_tag: dict[str, dict[tuple[str, int], Sample]], before: Sample, aft
         rewards=tuple((name, value, after_rewards.get(name)) for name, value in before.rewards.items()),
         pixelated=_side(before.image) <= 128,
     )
+
+
+def _frame(tag: str, sample: Sample) -> Frame:
+    heat = None if sample.heat is None else data_uri(sample.heat)
+    likely = [(name, p) for name, p in sample.defects.items() if p >= _LIKELY]
+    return Frame(tag_label(tag), data_uri(sample.image), all_passed(sample), heat, tuple(likely[:2]) if heat else ())
 
 
 def tag_label(tag: str) -> str:

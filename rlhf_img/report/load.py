@@ -85,6 +85,10 @@ class Sample:
     seed: int
     rewards: dict[str, float | None]
     requirements: tuple[Requirement, ...]
+    defects: dict[str, float]
+    """What the artifact reward holds against it, with probabilities, the likeliest first; empty if it was not asked."""
+    heat: Path | None
+    """The image under the artifact reward's heat map, where it said broken."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,6 +209,7 @@ def _load_samples(path: Path, notes: list[str]) -> dict[str, tuple[Sample, ...]]
 
 def _sample(folder: Path, raw: dict[str, Any]) -> Sample:
     requirements = raw.get("requirements") or []
+    defects = raw.get("defects") or {}
     return Sample(
         # Only the name: a run directory from elsewhere must not make us read other files.
         image=folder / Path(str(raw["file"])).name,
@@ -215,6 +220,8 @@ def _sample(folder: Path, raw: dict[str, Any]) -> Sample:
             Requirement(id=str(r["id"]), text=str(r.get("text") or r["id"]), passed=r.get("passed"))
             for r in requirements
         ),
+        defects={str(name): float(p) for name, p in (defects.get("probability") or {}).items()},
+        heat=folder / Path(str(defects["heat"])).name if defects.get("heat") else None,
     )
 
 

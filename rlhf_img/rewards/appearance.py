@@ -2,6 +2,7 @@
 
 import io
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -32,6 +33,7 @@ class Look:
 
     Strengths in units of image range [0, 1], except `blur_B` and `depth_blur_B`: standard deviations in pixels, and
     `jpeg_B`: a quality, of which 0 is none. depth_B1HW: how much of `depth_blur_B` there is at each place, in [0, 1].
+    color_noise_B: standard deviation of the coloured part of `noise_B3HW`, where it is more than a hiss.
     """
 
     gain_B3: Tensor
@@ -45,6 +47,7 @@ class Look:
     depth_blur_B: Tensor | None = None
     depth_B1HW: Tensor | None = None
     jpeg_B: Tensor | None = None
+    color_noise_B: Tensor | None = None
 
     def __call__(self, images_B3HW: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B 3 H W"]:
         """The images in this look, rounded to 8 bits."""
@@ -58,6 +61,21 @@ class Look:
         x = x * _shade(x, self.vignette_B) + self.noise_B3HW
         x = x.clamp(0, 1).mul(255).round().div(255)
         return x if self.jpeg_B is None else _jpeg(x, self.jpeg_B)
+
+    def appearance(self) -> Float[Tensor, "B A"]:
+        """Which of `defects.APPEARANCES` each image plainly has (1) or has not (0); NaN for what is in between."""
+        scale = 64 / self.noise_B3HW.shape[-1]
+        none = torch.zeros_like(self.blur_B)
+        depth, jpeg, noise = (none if x is None else x for x in (self.depth_blur_B, self.jpeg_B, self.color_noise_B))
+        exposure = (self.gain_B3.mean(dim=1) - 1).abs()
+        return torch.stack([
+            _graded(self.blur_B * scale, 0.5, 1.0),
+            _graded(self.grain_B, 4 / 255, 10 / 255),
+            _graded(noise, 3 / 255, 8 / 255),
+            _graded(depth * scale, 0.5, 1.5),
+            _graded(exposure, 0.1, 0.2),
+            _graded(torch.where(jpeg > 0, 100 - jpeg, none), 25, 60),
+        ], dim=1)
 
 
 def random_look(batch: int, side: int, generator: torch.Generator) -> Look:
@@ -97,6 +115,8 @@ def photo_look(batch: int, side: int, generator: torch.Generator) -> Look:
     look = random_look(batch, side, generator)
     deep = torch.rand(batch, generator=generator) < 0.3
     compressed = torch.rand(batch, generator=generator) < 0.4
+    noisy = torch.where(torch.rand(batch, generator=generator) < 0.15, uniform(8, 20) / 255, torch.zeros(()))
+    noise = torch.randn(batch, 3, side, side, generator=generator) * noisy[:, None, None, None]
     return replace(
         look,
         gain_B3=look.gain_B3 * uniform(0.7, 1.25, 1),
@@ -104,6 +124,8 @@ def photo_look(batch: int, side: int, generator: torch.Generator) -> Look:
         depth_blur_B=torch.where(deep, uniform(0.7, 3.2), torch.zeros(())) * side / 64,
         depth_B1HW=_depth(batch, side, generator),
         jpeg_B=torch.where(compressed, uniform(12, 95), torch.zeros(())).round(),
+        noise_B3HW=look.noise_B3HW + noise,
+        color_noise_B=noisy,
     )
 
 
@@ -135,6 +157,16 @@ def style_look(style: str, strength: float, batch: int, side: int, generator: to
     raise ValueError(f'no style "{style}"')
 
 
+def in_every_style(images_B3HW: Float[Tensor, "B 3 H W"], seed: int) -> Iterator[tuple[str, Tensor]]:
+    """Images as they are ("no style"), and in each of `STYLES`, "weak", "medium" and "strong"."""
+    yield "no style", images_B3HW
+    for style, strengths in STYLES.items():
+        for level, strength in zip(("weak", "medium", "strong"), strengths, strict=True):
+            look = style_look(style, strength, len(images_B3HW), images_B3HW.shape[-1],
+                              torch.Generator().manual_seed(seed))
+            yield f"{style}, {level}", look(images_B3HW)
+
+
 def gaussian_blur(x_B3HW: Float[Tensor, "B 3 H W"], sigma_B: Float[Tensor, " B"]) -> Float[Tensor, "B 3 H W"]:
     """Each image blurred with its own standard deviation in pixels; 0 leaves it as it is."""
     blurred = sigma_B > 0
@@ -151,6 +183,11 @@ def gaussian_blur(x_B3HW: Float[Tensor, "B 3 H W"], sigma_B: Float[Tensor, " B"]
     x = F.pad(x_B3HW, (half,) * 4, mode="replicate").reshape(1, batch * channels, height + 2 * half, -1)
     x = F.conv2d(x, kernel[:, None, :, None], groups=batch * channels)
     return F.conv2d(x, kernel[:, None, None, :], groups=batch * channels).reshape(batch, channels, height, width)
+
+
+def _graded(value_B: Tensor, low: float, high: float) -> Tensor:
+    """0 up to `low`, 1 from `high`, NaN between."""
+    return torch.where(value_B >= high, 1.0, torch.where(value_B <= low, 0.0, torch.nan))
 
 
 def _shade(x_B3HW: Tensor, strength_B: Tensor) -> Tensor:

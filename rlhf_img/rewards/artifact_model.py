@@ -1,6 +1,7 @@
 """The defect detector: one heat map per structural defect class, of a small network or over a frozen backbone."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from rlhf_img.errors import RlhfImgError
 from rlhf_img.rewards.backbones import Backbone, open_backbone
-from rlhf_img.rewards.defects import CLASSES
+from rlhf_img.rewards.defects import APPEARANCES, CLASSES
 
 WEIGHTS = Path(__file__).parent / "weights" / "artifact.safetensors"
 """The shipped weights; `artifact.json` beside them is their card."""
@@ -29,22 +30,29 @@ class DefectNet(nn.Module):
     frozen embeddings, a cell a patch.
     """
 
-    def __init__(self, backbone: Backbone | None = None) -> None:
+    def __init__(self, backbone: Backbone | None = None, classes: Sequence[str] = CLASSES) -> None:
+        """`classes`: names of the outputs, those of looks (`APPEARANCES`) last."""
         super().__init__()
         self.backbone = backbone
+        self.classes = tuple(classes)
         if backbone is None:
             self.features = _small_features()
-            self.head: nn.Module = nn.Conv2d(64, len(CLASSES), 1)
+            self.head: nn.Module = nn.Conv2d(64, len(classes), 1)
             last = self.head
         else:
-            last = nn.Conv2d(64, len(CLASSES), 1)
+            last = nn.Conv2d(64, len(classes), 1)
             self.head = nn.Sequential(
                 nn.Conv2d(2 * backbone.width, 128, 1), nn.ReLU(), nn.Conv2d(128, 64, 3, padding=1), nn.ReLU(), last
             )
         # Rare at first: a cell holds a defect of one class about once in a hundred.
         nn.init.constant_(last.bias, -4.0)  # type: ignore[arg-type]
-        self.scale = nn.Parameter(torch.ones(len(CLASSES)))
-        self.bias = nn.Parameter(torch.zeros(len(CLASSES)))
+        self.scale = nn.Parameter(torch.ones(len(classes)))
+        self.bias = nn.Parameter(torch.zeros(len(classes)))
+
+    @property
+    def structural(self) -> slice:
+        """Which of the classes are defects and not looks."""
+        return slice(sum(name not in APPEARANCES for name in self.classes))
 
     def forward(self, images_B3HW: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B K h w"]:
         """Defect logits of each class in each cell. Images are RGB in [0, 1]."""
@@ -84,7 +92,12 @@ class Detector:
     def __call__(
         self, images_B3HW: Float[Tensor, "B 3 H W"], *, batch: int = 256
     ) -> tuple[Float[Tensor, "B K"], Float[Tensor, "B K h w"]]:
-        """Image logits and heat maps on the CPU. Raises RlhfImgError for images of a size the network never saw."""
+        """Image logits and heat maps on the CPU. Raises what `parts` raises."""
+        heat = torch.cat([self.net(part).float() for part in self.parts(images_B3HW, batch)])
+        return self.net.pool(heat).cpu(), heat.cpu()
+
+    def parts(self, images_B3HW: Float[Tensor, "B 3 H W"], batch: int = 256) -> list[Tensor]:
+        """Images as the network takes them. Raises RlhfImgError for images of a size that it never saw."""
         height, width = images_B3HW.shape[-2:]
         if max(height, width) > 2 * self.side or min(height, width) < self.side / 2:
             raise RlhfImgError(
@@ -94,9 +107,7 @@ class Detector:
                 f"{{reward: artifact, options: {{weights: FILE}}}}; or leave the reward out."
             )
         device = next(self.net.parameters()).device
-        heats = [self.net(part.to(device, torch.float32)).float() for part in images_B3HW.split(batch)]
-        heat = torch.cat(heats)
-        return self.net.pool(heat).cpu(), heat.cpu()
+        return [part.to(device, torch.float32) for part in images_B3HW.split(batch)]
 
 
 def _fitting(height: int, width: int) -> int:
@@ -113,13 +124,13 @@ def load_detector(path: Path = WEIGHTS) -> Detector:
                 f"artifact: no file {file}. Make weights and card with: rlhf-img reward train artifact --out {path}"
             )
     card: dict[str, Any] = json.loads(card_path.read_text())
-    if tuple(card["classes"]) != CLASSES:
+    if tuple(card["classes"]) not in (CLASSES, CLASSES + APPEARANCES):
         raise RlhfImgError(
             f"artifact: the weights at {path} know the classes {card['classes']}, this version expects "
             f"{list(CLASSES)}. Train them again with: rlhf-img reward train artifact"
         )
     name = card.get("backbone")
-    net = DefectNet(None if name is None else open_backbone(name))
+    net = DefectNet(None if name is None else open_backbone(name), card["classes"])
     net.load_state_dict(load_file(path))
     return Detector(net=net.eval().to(memory_format=torch.channels_last), side=int(card["side"]))  # type: ignore[call-overload]
 

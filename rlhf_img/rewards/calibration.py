@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from rlhf_img.rewards.artifact_model import log_p_clean
+from rlhf_img.rewards.defects import CLASSES
 
 if TYPE_CHECKING:
     from rlhf_img.rewards.artifact_model import DefectNet
@@ -16,12 +17,22 @@ if TYPE_CHECKING:
 def image_loss(
     logits_BK: Float[Tensor, "B K"], target_BK: Float[Tensor, "B K"], damaged_B: Bool[Tensor, " B"]
 ) -> Float[Tensor, " B"]:
-    """-log P(clean) or -log P(damaged) of each image, plus the cross-entropies of its classes."""
-    log_clean = log_p_clean(logits_BK)
+    """-log P(clean) or -log P(damaged) of each image, plus the cross-entropies of its classes; NaN: not known.
+
+    The classes of looks, which come after those of `CLASSES`, make no image damaged.
+    """
+    log_clean = log_p_clean(logits_BK[:, : len(CLASSES)])
     # log(1 - e^x) loses its digits near x = 0 unless written with expm1.
     log_damaged = torch.log(-torch.expm1(log_clean.clamp(max=-1e-6)))
     image = -torch.where(damaged_B, log_damaged, log_clean)
-    return image + F.binary_cross_entropy_with_logits(logits_BK, target_BK, reduction="none").sum(1)
+    return image + known_cross_entropy(logits_BK, target_BK).sum(1)
+
+
+def known_cross_entropy(logits: Float[Tensor, "*axes"], target: Float[Tensor, "*axes"]) -> Float[Tensor, "*axes"]:
+    """Binary cross-entropy of each entry; 0, without a gradient, where the target is NaN."""
+    known = ~target.isnan()
+    loss = F.binary_cross_entropy_with_logits(logits, target.nan_to_num(0.0), reduction="none")
+    return torch.where(known, loss, 0.0)
 
 
 def calibrate(

@@ -111,7 +111,8 @@ def apply_gates(
         min(r_k, low_k + cap (high_k - low_k))    with its declared range [low_k, high_k].
 
     So a caught image ranks low whatever single rewards say, and images that are all caught still differ below the cap.
-    An objective that a rubric names as a gate is itself not capped: its slope is the way back through the gate.
+    An objective that is itself the gate (of role "both", or named by a rubric) is not capped by it: its slope is the
+    way back through the gate.
     An unscored gate catches nothing.
 
     Args: rewards_PGK, K following `rewards`; prompt_gates: P lists, gates of each prompt's rubric; one
@@ -121,9 +122,9 @@ def apply_gates(
     """
     names = [reward.name for reward in rewards]
     out = rewards_PGK.clone()
-    caught: dict[str, int] = {reward.name: 0 for reward in rewards if reward.role == "gate"}
+    caught: dict[str, int] = {reward.name: 0 for reward in rewards if reward.is_gate}
     inactive: dict[str, int] = {}
-    own = [Gate(reward=r.name, below=r.below, cap=r.cap) for r in rewards if r.role == "gate"]
+    own = [Gate(reward=r.name, below=r.below, cap=r.cap) for r in rewards if r.is_gate]
     for p in range(len(out)):
         for gate in [*own, *(prompt_gates[p] if prompt_gates is not None else ())]:
             if gate.reward not in names:
@@ -132,7 +133,7 @@ def apply_gates(
             closed = rewards_PGK[p, :, names.index(gate.reward)] < gate.below  # False where NaN
             caught[gate.reward] = caught.get(gate.reward, 0) + int(closed.sum())
             for k, reward in enumerate(rewards):
-                if reward.role == "objective" and reward.name != gate.reward:
+                if reward.is_objective and reward.name != gate.reward:
                     # torch.minimum would keep NaN too, but clamp says what is meant.
                     out[p, closed, k] = out[p, closed, k].clamp(max=_ceiling(reward, gate.cap))
     images = max(1, out.shape[0] * out.shape[1])
@@ -154,7 +155,7 @@ def advantages(
     """
     if method not in METHODS:
         raise RlhfImgError(f'no way of combining rewards is called "{method}"; {did_you_mean(method, METHODS)}')
-    objectives = [k for k, reward in enumerate(rewards) if reward.role == "objective"]
+    objectives = [k for k, reward in enumerate(rewards) if reward.is_objective]
     if not objectives:
         raise RlhfImgError("no reward of this run is an objective; at least one must be")
     values = rewards_PGK.float()

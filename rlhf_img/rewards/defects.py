@@ -153,6 +153,9 @@ INJECTORS: dict[str, Injector] = {
 CLASSES = tuple(INJECTORS)
 """The structural defect classes, in the order of the model's outputs."""
 
+APPEARANCES = ("blur", "grain", "noise", "bokeh", "exposure", "compression")
+"""Classes of looks. They are no defects unless a reward is told to take them for some; outputs after the defects'."""
+
 _PERMIT_WORDS: dict[str, tuple[str, ...]] = {
     "torn edge": ("torn", "ragged", "torn edges"),
     "fused shapes": ("fused", "merged", "overlap"),
@@ -161,19 +164,25 @@ _PERMIT_WORDS: dict[str, tuple[str, ...]] = {
     "seam": ("seams", "grid", "collage", "glitch"),
     "colour bleed": ("color bleed", "bleed", "watercolour", "watercolor", "gradient"),
     "malformed outline": ("malformed", "distorted", "warped", "hand drawn", "sketch"),
+    "blur": ("blurry", "soft focus", "soft", "motion blur"),
+    "grain": ("film grain",),
+    "noise": ("grain", "film grain"),
+    "bokeh": ("blur", "depth of field", "shallow depth of field"),
+    "exposure": ("overexposed", "underexposed", "dark", "high key", "low key", "vignette"),
+    "compression": ("jpeg", "lo fi"),
 }
 
 
-def permitted(permits: Sequence[str]) -> frozenset[str]:
-    """The defect classes that a prompt asks for, from the `permits` of its requirements.
+def permitted(permits: Sequence[str], classes: Sequence[str] = CLASSES) -> frozenset[str]:
+    """Those of `classes` that a prompt asks for, from the `permits` of its requirements.
 
-    A permit that names no structural class (grain, blur, ...) changes nothing: that was never a defect here.
+    A permit that names none of them changes nothing: by default grain, blur and other looks are no defects anyway.
 
     >>> sorted(permitted(["grain", "colour_bleed", "hollow"]))
     ['colour bleed', 'hole']
     """
     asked = {permit.lower().replace("_", " ").replace("-", " ").strip() for permit in permits}
-    return frozenset(name for name in CLASSES if asked & {name, *_PERMIT_WORDS[name]})
+    return frozenset(name for name in classes if asked & {name, *_PERMIT_WORDS[name]})
 
 
 def inject(

@@ -37,7 +37,7 @@ class Folder:
     fingerprint: str
 
 
-class _Skip(Exception):
+class Skip(Exception):
     """Why a file is not used."""
 
 
@@ -54,28 +54,28 @@ def read_folder(folder: Path, side: int, *, seed: int = 0, memory: int = _MEMORY
     pictures: dict[str, Image.Image] = {}
     digests: dict[str, str] = {}
     kept = 0
-    names = sorted(_files(folder, found.skipped), key=lambda name: _digest(f"{seed} {name}".encode()))
+    names = sorted(_files(folder, found.skipped), key=lambda name: digest(f"{seed} {name}".encode()))
     for name in names:
         try:
             if kept >= memory:
-                raise _Skip(f"no room: {memory / 2**30:g} GiB of pictures were read before it")
+                raise Skip(f"no room: {memory / 2**30:g} GiB of pictures were read before it")
             picture, converted = _read(folder / name, side)
-            digest = _digest(picture.tobytes())
-            if digest in digests:
-                raise _Skip("a copy of another file")
-        except _Skip as reason:
+            own = digest(picture.tobytes())
+            if own in digests:
+                raise Skip("a copy of another file")
+        except Skip as reason:
             found.skipped.setdefault(str(reason), []).append(name)
             continue
         for kind in converted:
             found.read_as.setdefault(kind, []).append(name)
-        pictures[name], digests[digest] = picture, name
+        pictures[name], digests[own] = picture, name
         kept += 3 * picture.width * picture.height
     if len(pictures) < _FEWEST:
         raise RlhfImgError(
             f"{folder} has {len(pictures)} pictures that can be used, at least {_FEWEST} are needed, and hundreds are "
             f"better. Skipped: {summary(found.skipped) or 'nothing, there are no other files'}"
         )
-    fingerprint = _digest("\n".join(f"{digest} {name}" for digest, name in digests.items()).encode())
+    fingerprint = digest("\n".join(f"{own} {name}" for own, name in digests.items()).encode())
     return Folder(names=tuple(pictures), pictures=tuple(pictures.values()), read_as=found.read_as,
                   skipped=found.skipped, fingerprint=fingerprint)
 
@@ -103,39 +103,53 @@ def _files(folder: Path, skipped: dict[str, list[str]]) -> Iterator[str]:
         yield from (os.path.relpath(os.path.join(root, name), folder) for name in files)
 
 
-def _read(path: Path, side: int) -> tuple[Image.Image, list[str]]:
-    """The picture as kept, and the conversions it needed. Raises _Skip."""
+def decode(path: Path, side: int) -> tuple[Image.Image, list[str]]:
+    """A file's picture in RGB, upright, and the conversions it needed; a large JPEG comes at a fraction of its size.
+
+    Raises Skip if it cannot be read or has less than `side` px on its short side.
+    """
     if not path.is_file():  # a pipe would be waited on for ever
-        raise _Skip("no regular file, or a dead link")
-    kept = max(_DETAIL, 3 * side // 2)
+        raise Skip("no regular file, or a dead link")
+    kept = _kept(side)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # odd metadata is no reason to stop
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as file:
                 if min(file.size) < side:
-                    raise _Skip(f"smaller than {side} px")
+                    raise Skip(f"smaller than {side} px")
                 # JPEG files are decoded at a fraction of their size at once, where that is enough.
                 file.draft(None, (kept, kept))
                 converted = _conversions(file)
                 picture = _rgb(ImageOps.exif_transpose(file))
-    except _Skip:
+    except Skip:
         raise
     except UnidentifiedImageError:
-        raise _Skip("no image that Pillow reads") from None
+        raise Skip("no image that Pillow reads") from None
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-        raise _Skip(f"more than {(Image.MAX_IMAGE_PIXELS or 0) // 10**6} megapixels") from None
+        raise Skip(f"more than {(Image.MAX_IMAGE_PIXELS or 0) // 10**6} megapixels") from None
     except PermissionError:
-        raise _Skip("may not be read") from None
+        raise Skip("may not be read") from None
     except Exception:  # decoders raise whatever they stumble over: OSError, SyntaxError, ValueError, struct.error, ...
-        raise _Skip("broken or cut off") from None
+        raise Skip("broken or cut off") from None
+    return picture, converted
+
+
+def _read(path: Path, side: int) -> tuple[Image.Image, list[str]]:
+    """The picture as kept, and the conversions it needed. Raises Skip."""
+    picture, converted = decode(path, side)
     if np.asarray(picture.convert("L")).std() < _FLAT:
-        raise _Skip("of one colour")
-    shrink = kept / min(picture.size)
+        raise Skip("of one colour")
+    shrink = _kept(side) / min(picture.size)
     if shrink < 1:
         width, height = (max(side, round(length * shrink)) for length in picture.size)
         picture = picture.resize((width, height), Image.Resampling.LANCZOS)
     return picture, converted
+
+
+def _kept(side: int) -> int:
+    """Short side in pixels at which pictures are kept, for training at `side`."""
+    return max(_DETAIL, 3 * side // 2)
 
 
 def _conversions(file: Image.Image) -> list[str]:
@@ -158,12 +172,13 @@ def _rgb(image: Image.Image) -> Image.Image:
         # Pillow's own conversion clips at 255 instead of scaling.
         return Image.fromarray(np.round(np.asarray(image).astype(np.float32) / 257).astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
-        raise _Skip("32-bit grey, of which white is not known")
+        raise Skip("32-bit grey, of which white is not known")
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
     return image.convert("RGB")
 
 
-def _digest(content: bytes) -> str:
+def digest(content: bytes) -> str:
+    """SHA-256 of some bytes, in hexadecimal."""
     return hashlib.sha256(content).hexdigest()

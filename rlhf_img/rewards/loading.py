@@ -173,8 +173,8 @@ def _check_types(settings: Mapping[str, Any]) -> None:
     for key in ("weight", "floor", "below", "cap"):
         if key in settings and (isinstance(settings[key], bool) or not isinstance(settings[key], int | float)):
             raise RlhfImgError(f"reward {name}: {key} is a number; given {settings[key]!r}")
-    if settings.get("role", "objective") not in ("objective", "gate", "measure"):
-        raise RlhfImgError(f'reward {name}: role is "objective", "gate" or "measure"; given {settings["role"]!r}')
+    if settings.get("role", "objective") not in (roles := ("objective", "gate", "both", "measure")):
+        raise RlhfImgError(f"reward {name}: role is one of {', '.join(roles)}; given {settings['role']!r}")
     if not isinstance(settings.get("group", False), bool):
         raise RlhfImgError(f"reward {name}: group is true or false; given {settings['group']!r}")
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from rlhf_img.errors import RlhfImgError
 from rlhf_img.playground.scene import Split
-from rlhf_img.rewards.appearance import STYLES, photo_look, style_look
-from rlhf_img.rewards.artifact_training import CleanTransform, Pairs, twins
+from rlhf_img.rewards.appearance import in_every_style, photo_look
+from rlhf_img.rewards.artifact_pairs import CleanTransform, Pairs, twins
 from rlhf_img.rewards.defects import CLASSES, inject
 from rlhf_img.rewards.folder_images import Folder
 from rlhf_img.rewards.photo_defects import INJECTORS, regions
@@ -72,19 +72,16 @@ class Photographs:
             if broken is not None:
                 clean.append(image)
                 damaged.append(broken)
-        look = photo_look(n, self.side, torch.Generator().manual_seed(int(rng.integers(2**62))))
-        return twins(clean, damaged, [k % len(CLASSES) for k in range(n)], look, transform)
+        generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
+        looks = photo_look(n, self.side, generator), photo_look(n, self.side, generator)
+        return twins(clean, damaged, [k % len(CLASSES) for k in range(n)], looks, transform)
 
     def styled(self, n: int, seed: int) -> Iterator[tuple[str, Tensor]]:
         """Clean crops of held-out pictures as they are, and in each style at three strengths."""
         rng = np.random.default_rng((seed, 1))
         crops = np.stack([self._crop("heldout", rng) for _ in range(n)])
         plain = torch.from_numpy(crops).permute(0, 3, 1, 2).float() / 255
-        yield "no style", plain
-        for style, strengths in STYLES.items():
-            for level, strength in zip(("weak", "medium", "strong"), strengths, strict=True):
-                generator = torch.Generator().manual_seed(seed)
-                yield f"{style}, {level}", style_look(style, strength, n, self.side, generator)(plain)
+        yield from in_every_style(plain, seed)
 
     def card(self) -> dict[str, Any]:
         """What the weights were made of: counts, the held-out files, conversions, and what was skipped and why."""

@@ -96,8 +96,9 @@ class Reward:
     """A reward and how it takes part.
 
     name: what it is called in specs, metrics and reports. fn: the callable; see `RewardFunction`. range: its lowest and
-    highest value; higher is better. role: an "objective" is normalised and summed, a "gate" caps the objectives, and a
-    "measure" takes no part in training: it belongs into `eval.rewards`.
+    highest value; higher is better. role: an "objective" is normalised and summed, a "gate" caps the objectives, "both"
+    does both (its slope is then the way back through its own gate, which does not cap it), and a "measure" takes no
+    part in training: it belongs into `eval.rewards`.
     group: True if it wants the images of one prompt at once, and no others. weight: of an objective. floor: the
     standard deviation, in the reward's own units, below which differences are taken for noise. below, cap: of a gate;
     where its value is below `below`, every objective is at most at the fraction `cap` of its range.
@@ -107,7 +108,7 @@ class Reward:
     name: str
     fn: RewardFunction
     range: tuple[float, float] = (0.0, 1.0)
-    role: Literal["objective", "gate", "measure"] = "objective"
+    role: Literal["objective", "gate", "both", "measure"] = "objective"
     group: bool = False
     weight: float = 1.0
     floor: float = 0.02
@@ -127,6 +128,16 @@ class Reward:
             )
         if not 0 <= self.cap <= 1:
             raise RlhfImgError(f"reward {self.name}: cap is a fraction of the range, in [0, 1]; given {self.cap}")
+
+    @property
+    def is_objective(self) -> bool:
+        """Whether its normalised values are summed."""
+        return self.role in ("objective", "both")
+
+    @property
+    def is_gate(self) -> bool:
+        """Whether it caps objectives."""
+        return self.role in ("gate", "both")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,9 +25,9 @@ def rubric(
 ) -> list[Verdict]:
     """How much of each image's rubric is met, in [0, 1]; the `RubricResult` with every requirement is in the details.
 
-    (1 - worst) total + worst (the lowest score of a requirement): a thing that is missing fails all that is said of it, a
-    wrong number only one line. The total alone therefore pays for drawing more than was asked for, and for one
-    requirement at the cost of another.
+    (1 - worst) total + worst (the lowest score of a requirement). A thing that is missing fails all that is said of
+    it, a wrong number only one line: the total alone pays for drawing more than was asked for, and for one requirement
+    at the cost of another.
 
     rubrics: the rubric of each image's prompt where the data set has one; other prompts are decomposed (and kept).
     judge: settings of a judge model (the fields of `JudgeConfig`), which is asked what the checks cannot tell.

@@ -249,7 +249,7 @@ def total_reward(rewards: Sequence[Reward], prompts: Sequence[Prompt], images: I
     )  # fmt: skip
     gates = [(p.rubric or rubric_of(p.text)).gates for p in prompts[::group]]
     capped, _ = apply_gates(scores.values_BK.unflatten(0, (-1, group)), rewards, gates)
-    objectives = [k for k, reward in enumerate(rewards) if reward.role == "objective"]
+    objectives = [k for k, reward in enumerate(rewards) if reward.is_objective]
     weights_K = torch.tensor([rewards[k].weight for k in objectives])
     if not objectives or not weights_K.any():
         raise RlhfImgError("no reward ranks images: at least one must be an objective with a weight above 0")

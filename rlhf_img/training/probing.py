@@ -155,8 +155,8 @@ def _read(path: Path) -> Image:
 def views_of(rewards: Sequence[Reward]) -> list[View]:
     """Every reward, then every objective under the gates if there are any. What a run maximises is the objectives under
     the gates; of gates alone, no run does, and each is taken for itself."""
-    names = [reward.name for reward in rewards if reward.role == "gate"]
-    objectives = [k for k, reward in enumerate(rewards) if reward.role == "objective"]
+    names = [reward.name for reward in rewards if reward.is_gate]
+    objectives = [k for k, reward in enumerate(rewards) if reward.is_objective]
     gated = bool(names and objectives)
     views = [View(name=r.name, column=k, floor=r.floor, maximised=not gated) for k, r in enumerate(rewards)]
     if gated:
@@ -192,7 +192,7 @@ class _Scorer:
         if view.column < len(self.rewards):
             alone = _Scorer([self.rewards[view.column]], self.prompts)
             return lambda images: alone(images)[:, 0]
-        gates = [(k, reward) for k, reward in enumerate(self.rewards) if reward.role == "gate"]
+        gates = [(k, reward) for k, reward in enumerate(self.rewards) if reward.is_gate]
 
         def fitness(images: list[Image]) -> Values:
             values = self(images)

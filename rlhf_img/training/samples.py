@@ -1,12 +1,15 @@
 """Images of fixed prompts and seeds: drawn, scored, and written where the report finds them."""
 
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from rlhf_img.model.conditioning import Conditioner
@@ -14,6 +17,8 @@ from rlhf_img.model.loading import Model
 from rlhf_img.model.sampling import sample
 from rlhf_img.model.vae import decode
 from rlhf_img.rewards import Images, Reward, Scores, score
+from rlhf_img.rewards.artifact import ArtifactResult, artifact
+from rlhf_img.rewards.heat import overlay
 from rlhf_img.rubrics.scoring import RubricResult
 from rlhf_img.training.prompts import Prompt
 
@@ -90,7 +95,8 @@ def draw_images(
 def write_samples(folder: Path, drawn: Drawn, count: int) -> None:
     """The first `count` images as PNG, and samples.json with prompt, seed, rewards and requirements of each.
 
-    A requirement's evidence says what scored it: of a judge, its model, wording and decoding.
+    A requirement's evidence says what scored it: of a judge, its model, wording and decoding. With an artifact reward
+    also what it saw (`defects`), and, where its gate would close by default, its heat map over the image.
     """
     rows = []
     for i in range(min(count, len(drawn.prompts))):
@@ -107,6 +113,19 @@ def write_samples(folder: Path, drawn: Drawn, count: int) -> None:
         ]
         rows.append({
             "file": file, "prompt": drawn.prompts[i].text, "seed": drawn.seeds[i], "rewards": rewards,
-            "requirements": requirements,
+            "requirements": requirements, "defects": _write_defects(folder, drawn, i),
         })  # fmt: skip
     (folder / "samples.json").write_text(json.dumps(rows, indent=1, ensure_ascii=False))
+
+
+def _write_defects(folder: Path, drawn: Drawn, i: int) -> dict[str, Any] | None:
+    """What the first artifact reward says of an image; its heat map goes into `folder` where the image is broken."""
+    values = dict(zip(drawn.scores.names, drawn.scores.values_BK[i].tolist(), strict=True))
+    found = ((values[name], of[i]) for name, of in drawn.scores.details.items() if isinstance(of[i], ArtifactResult))
+    value, result = next(found, (math.nan, None))
+    if not isinstance(result, ArtifactResult):
+        return None
+    heat = f"{i:03d}.heat.png" if value < artifact.below else None  # type: ignore[attr-defined]
+    if heat is not None:
+        Image.fromarray(overlay(drawn.images.arrays[i], result.heat_hw)).save(folder / heat)
+    return {"probability": result.against, "permitted": sorted(result.permitted), "heat": heat}
