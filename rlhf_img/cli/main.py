@@ -30,6 +30,7 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
 app.command("grpo")(align.grpo)
 app.command("dpo")(align.dpo)
 app.command("tdm")(align.tdm)
+app.command("sft")(align.sft)
 app.command("export")(export.export)
 app.command("sample")(look.sample)
 app.command("eval")(look.evaluate)
