@@ -174,7 +174,6 @@ def of_another_model(folder: Path) -> Path:
         (["--model", "{turbo}"], "distilled already"),
         (["eval.num_steps=16"], "made for 3 steps"),
         (["eval.guidance=1"], "without guidance"),
-        (["full=true"], "TDM trains adapters"),
         (["tdm.guidance=-1"], "the common scale w is 1 + g"),
         (["tdm.margin=0.5"], "tdm.margin is a share"),
         (["tdm.critic_target=rtdmd"], "ambient"),

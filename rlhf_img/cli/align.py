@@ -306,6 +306,8 @@ def _print_result(console: Any, result: dict[str, Any], page: Path, seconds: flo
     rows = [("all requirements met", "pass_all"), ("single requirements met", "pass_requirement")]
     for title, key in rows:
         change = result["difference"][key]
+        if change["mean"] is None:
+            continue
         table.add_row(
             title, f"{before[key]['mean']:.1%}", f"{after[key]['mean']:.1%}",
             f"{change['mean'] * 100:+.1f} points ({change['low'] * 100:+.1f} to {change['high'] * 100:+.1f})",

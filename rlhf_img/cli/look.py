@@ -6,8 +6,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rlhf_img.errors import RlhfImgError
-
 if TYPE_CHECKING:
     from rlhf_img.model.loading import Model
 
@@ -71,7 +69,7 @@ def evaluate(
     config = EvalConfig(prompts=count, num_steps=steps, guidance=guidance)
     results = []
     for name in models or ["playground"]:
-        loaded = _load_run(Path(name)) if (Path(name) / "config.yaml").is_file() else _load(name, None)
+        loaded = _load(name, None)
         results.append(summarise(name, measure(loaded, Conditioner(loaded), spec, asked, config)[0]))
     if as_json:
         typer.echo(json.dumps(results, indent=1))
@@ -104,19 +102,14 @@ def _print_scores(results: list[dict[str, Any]]) -> None:
 
 
 def _load(name: str, lora: Path | None) -> "Model":
+    """A model, or what a run has trained, with a LoRA on top."""
     from rlhf_img.model.export import load_lora
-    from rlhf_img.model.loading import load
+    from rlhf_img.model.lora import roles
+    from rlhf_img.training.export import open_trained
 
-    model = load(name)
+    model = open_trained(name, merged=lora is not None)
     if lora is not None:
         load_lora(model, lora, "lora")
-        model.transformer.set_adapter("lora")
+    for role in roles(model.transformer):
+        model.transformer.set_adapter(role)
     return model
-
-
-def _load_run(run: Path) -> "Model":
-    from rlhf_img.config import load_yaml
-
-    if not (run / "lora").is_dir():
-        raise RlhfImgError(f"the run {run} has no LoRA yet; finish it with --resume")
-    return _load(str(load_yaml(run / "config.yaml")["config"]["model"]), run / "lora")
