@@ -43,7 +43,8 @@ for seed in ${SEEDS:-0}; do
   run "$at/turbo" card.json tdm --teacher "$at/grpo" --config "$here/tdm.yaml" --seed "$seed"
   [ -f "$at/turbo/portability.json" ] ||
     $rlhf eval portability --loras "$out/loras" --from playground --to "$at/turbo" ${PORTED:-}
-  [ -d "$at/export/pipeline" ] || $rlhf export "$at/turbo" --out "$at/export"
+  # The pipeline is what an export writes last.
+  [ -d "$at/export/pipeline" ] || { rm -rf "$at/export" && $rlhf export "$at/turbo" --out "$at/export"; }
   $rlhf report "$at/stpo" "$at/grpo" "$at/turbo" --out "$at/report.html"
 done
 $python "$here/table.py" "$out"

@@ -52,7 +52,7 @@ def portability(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Measure whether LoRAs trained on Raw work on Turbo: the same prompts and seeds, with and without, on both.
+    """Measure whether LoRAs trained on Raw work on Turbo: same prompts and seeds, with and without, on both.
 
     Steps and guidance are those of a tdm run if TURBO is one. A LoRA's folder may hold a portability.yaml, which says
     what it is for: `target` (a reward that measures it), `prompts` (a file), `kind` (a word).
@@ -64,23 +64,32 @@ def portability(
         rlhf-img eval portability --loras loras --from krea/Krea-2-Raw --to krea/Krea-2-Turbo --prompts prompts.txt
         --out ported --set features=facebook/dinov2-small --set steps=28
     """
+    from rlhf_img.config import merge, parse_overrides
+
+    if out is None and not (Path(turbo) / "config.yaml").is_file():
+        raise RlhfImgError(f'"{turbo}" is no run: say with --out where portability.json and the report shall go')
+    given = merge(parse_overrides(settings or []), {} if threshold is None else {"threshold": threshold})
+    result, page = _measure(loras, source, turbo, prompts, given, out or Path(turbo), quiet=as_json)
+    typer.echo(json.dumps({**result, "report": str(page)})) if as_json else _print(result, page)
+
+
+def _measure(
+    loras: Path, source: str, turbo: str, prompts: Path | None, given: dict[str, Any], folder: Path, *, quiet: bool
+) -> tuple[dict[str, Any], Path]:
+    """Writes portability.json and the report into `folder`; returns what the one holds and where the other is."""
     from rich.progress import Progress
 
-    from rlhf_img.config import from_mapping, merge, parse_overrides
+    from rlhf_img.config import from_mapping, merge
     from rlhf_img.report import build
     from rlhf_img.training import portability as room
     from rlhf_img.training.export import open_trained
 
-    folder = out or Path(turbo)
-    if out is None and not (folder / "config.yaml").is_file():
-        raise RlhfImgError(f'"{turbo}" is no run: say with --out where portability.json and the report shall go')
-    given = merge(room.settings_for(turbo), parse_overrides(settings or []))
-    given |= {} if threshold is None else {"threshold": threshold}
+    given = merge(room.settings_for(turbo), given)
     config = from_mapping(room.PortabilityConfig, given, "portability")
     fallback = room.default_prompts(source, prompts, config.prompts)
     found = room.find_loras(loras, config, fallback)
     models = open_trained(source), open_trained(turbo)
-    with room.open_folder(folder) as run, Progress(transient=True, disable=as_json) as bar:
+    with room.open_folder(folder) as run, Progress(transient=True, disable=quiet) as bar:
         task = bar.add_task("carrying LoRAs over", total=len(found))
         result = room.portability(
             *models, found, fallback, config, lambda done, total: bar.update(task, completed=done),
@@ -88,11 +97,10 @@ def portability(
         )  # fmt: skip
         result = {"from": source, "to": turbo, **result}
         run.write_json("portability.json", result)
-    page = build([folder])
-    typer.echo(json.dumps({**result, "report": str(page)})) if as_json else _print(result, page)
+    return result, build([folder])
 
 
-def _print_settings(given: bool) -> None:
+def _print_settings(given: bool) -> bool:
     if given:
         from rlhf_img.config import describe
         from rlhf_img.training.portability import PortabilityConfig
@@ -100,6 +108,7 @@ def _print_settings(given: bool) -> None:
         for item in describe(PortabilityConfig):
             typer.echo(f"{item.key} ({item.type}, default {item.default})\n    {item.doc}")
         raise typer.Exit
+    return given
 
 
 def _print(result: dict[str, Any], page: Path) -> None:

@@ -106,8 +106,8 @@ def _read_check(file: Path) -> Callable[[int], Tensor]:
     """The image's pixels, read when they are asked for; that it is one is checked now."""
     try:
         with Image.open(file) as image:
-            image.verify()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            image.load()
+    except Exception as error:  # decoders raise whatever they stumble over: OSError, SyntaxError, struct.error, ...
         raise RlhfImgError(f"{file} is no readable image: {error}; mend it, or take it out") from error
 
     def pixels(side: int) -> Tensor:

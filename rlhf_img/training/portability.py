@@ -50,8 +50,9 @@ class PortabilityConfig:
     guidance: float = 2.0
     """Krea's g there."""
     turbo_steps: int = 8
-    """Denoising steps of the other model, which draws without guidance if it is distilled."""
+    """Denoising steps of the other model."""
     turbo_guidance: float = 0.0
+    """Krea's g there."""
     threshold: float = 0.7
     """Cosine of the two changes, at scale 1, from which a LoRA is said to carry over."""
     rewards: str = "rubric,artifact"
@@ -245,7 +246,7 @@ def _ported(
 
 
 def _verdict(cosine: dict[str, Any], threshold: float) -> str:
-    """"carries over" or "does not" where the whole interval says so."""
+    """Whether it carries over, where the whole interval says so."""
     if cosine["mean"] is None:
         return "not measured"
     if cosine["low"] >= threshold:
