@@ -53,7 +53,7 @@ def evaluate(
     guidance: Annotated[float, _GUIDANCE] = 0.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Score one or several models, or runs (their LoRA on their model), on held-out prompts with 95 % intervals.
+    """Score one or several models, or runs (what they trained), on held-out prompts with 95 % intervals.
 
     Example: rlhf-img eval playground runs/first runs/second --count 512
     """
