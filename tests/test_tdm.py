@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from rlhf_img.algorithms import tdm
 from rlhf_img.algorithms.tdm import CRITIC_TARGETS, Landing, Stages, TDMConfig
 from rlhf_img.model.conditioning import Conditioner
-from rlhf_img.model.flow import euler_step
 from rlhf_img.model.forward import velocity
 from rlhf_img.model.loading import Model
 from rlhf_img.model.lora import add_role, role, role_parameters
@@ -277,7 +276,7 @@ def walked(student: Adapted, levels: Tensor, count: int, generator: torch.Genera
     with torch.no_grad():
         for s, s_next in zip(levels.tolist(), levels.tolist()[1:], strict=False):
             v = student(states[-1], torch.full((count,), s))
-            states.append(euler_step(states[-1], v, s, s_next))
+            states.append(states[-1] + (s_next - s) * v)
     return states
 
 

@@ -28,17 +28,17 @@ from rlhf_img.model.policy import Policy
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SFTConfig:
-    """Settings of SFT."""
+    """Settings of SFT; the defaults are for the embedded model."""
 
-    images: int = 32
+    images: int = 24
     """Images an iteration."""
-    draws: int = 2
+    draws: int = 4
     """Noise levels of each of them."""
     levels: Literal["uniform", "logit_normal"] = "uniform"
     """How levels are drawn in [0, 1]: evenly, or mostly in the middle."""
     drop: float = 0.1
     """Share of the captions that are replaced by the empty one."""
-    lr: float = 1e-3
+    lr: float = 3e-3
     """Learning rate (AdamW) at the start; it falls linearly to 0 over the run."""
     weight_decay: float = 1e-4
     max_grad_norm: float = 1.0
