@@ -10,7 +10,7 @@ export RLHF_IMG_VLLM_PYTHON ?= $(if $(wildcard $(VLLM)/.installed),$(CURDIR)/$(V
 # Extra arguments: make grpo ARGS="--seed 1", make test ARGS="-k report"
 ARGS ?=
 
-.PHONY: help grpo test check format wheel vllm clean
+.PHONY: help grpo recipe test check format wheel vllm clean
 .DEFAULT_GOAL := help
 
 help: ## Show these commands
@@ -18,6 +18,9 @@ help: ## Show these commands
 
 grpo: $(INSTALLED) ## Align the embedded model on this machine; prints where the report is
 	$(BIN)/rlhf-img grpo --rewards rubric,artifact $(ARGS)
+
+recipe: $(INSTALLED) ## Raw -> STPO -> GRPO -> TDM on the embedded model, portability and one report; hours on a CPU
+	RLHF_IMG=$(BIN)/rlhf-img PYTHON=$(BIN)/python sh experiments/recipe-embedded/run.sh
 
 test: check ## Lint, check types, run all tests
 	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 $(ARGS)

@@ -12,11 +12,10 @@ from torch import Tensor, nn
 from rlhf_img.algorithms import tdm
 from rlhf_img.algorithms.tdm import CRITIC_TARGETS, Landing, Stages, TDMConfig
 from rlhf_img.model.conditioning import Conditioner
-from rlhf_img.model.flow import euler_step
 from rlhf_img.model.forward import velocity
 from rlhf_img.model.loading import Model
 from rlhf_img.model.lora import add_role, role, role_parameters
-from rlhf_img.model.policy import POLICY, LoRAConfig, Policy, make_role
+from rlhf_img.model.policy import POLICY, LoRAConfig, Policy, make_full, make_role
 
 CONFIG = TDMConfig(prompts=2, images=2, num_steps=4, critic_updates=1, lr=1e-2, critic_lr=1e-2)
 KREA = torch.tensor([1, 0.9567, 0.9045, 0.8403, 0.7595, 0.6546, 0.5128, 0.3109, 0])  # 8 steps at mu = 1.15
@@ -166,6 +165,83 @@ def test_the_grid_is_that_of_the_stock_pipeline_for_a_distilled_model() -> None:
     torch.testing.assert_close(tdm.student_grid(tiny_model(), 8), KREA, atol=1e-4, rtol=0)
 
 
+def test_the_grid_is_that_of_diffusers_scheduler() -> None:
+    model = tiny_model()
+    scheduler = model.pipeline().scheduler
+    scheduler.set_timesteps(sigmas=np.linspace(1, 1 / 8, 8).tolist(), mu=1.15)
+    torch.testing.assert_close(tdm.student_grid(model, 8), scheduler.sigmas.float(), atol=1e-6, rtol=0)
+
+
+def exact_critic(target: str, landing: Landing, stages: Stages) -> tuple[float, float]:
+    """Slope and offset of the perfect critic where landing and prediction are affine in one normal variable."""
+    x, x0 = landing.x_BNC.flatten(), landing.x0_BNC.flatten()
+    spread = x.std()
+    along = ((x - x.mean()) * (x0 - x0.mean())).mean() / spread
+    z, n, weights = gaussian_nodes()
+    few = Stages(**{f: getattr(stages, f)[:1].expand(len(z)) for f in ("index_B", "start_B", "end_B", "tau_B")})
+    shape = (-1, 1, 1)
+    points = Landing(x_BNC=(x.mean() + spread * z).view(shape), x0_BNC=(x0.mean() + along * z).view(shape))
+    noised = CRITIC_TARGETS[target](points, few, n.view(shape))
+    return regressed(noised.x_BNC.flatten(), noised.target_BNC.flatten(), weights)
+
+
+def affine_student(steps: int) -> tuple[Tensor, nn.Parameter, nn.Parameter]:
+    """Levels, slopes and offsets of the teacher's own Euler steps: its flow is that of N(0.4, 0.5^2)."""
+    levels = tdm.student_grid(tiny_model(), steps)
+    lines = []
+    for t in levels[:-1].tolist():
+        at = [_teacher_velocity(torch.tensor(x), min(t, 1 - 1e-4)) for x in (0.0, 1.0)]
+        lines.append((float(at[1] - at[0]), float(at[0])))
+    slopes, offsets = torch.tensor(lines).T
+    return levels, nn.Parameter(slopes.clone()), nn.Parameter(offsets.clone())
+
+
+def _teacher_velocity(x: Tensor, tau: float) -> Tensor:
+    return gaussian_velocity(x, (1 - tau) * 0.4, (1 - tau) ** 2 * 0.25 + tau**2, tau)
+
+
+def states_of(levels: Tensor, slopes: Tensor, offsets: Tensor) -> list[Tensor]:
+    """The student's way from 512 evenly spread normal quantiles."""
+    states = [torch.special.ndtri((torch.arange(512) + 0.5) / 512)]
+    for k in range(len(levels) - 1):
+        states.append(states[-1] + (levels[k + 1] - levels[k]) * (slopes[k] * states[-1] + offsets[k]).detach())
+    return states
+
+
+@pytest.mark.parametrize("steps", [4, 8])
+def test_a_gaussian_teacher_is_met_in_few_steps(steps: int) -> None:
+    """Euler with few steps ends far from the teacher's law; a student trained with the exact critic ends on it."""
+    levels, slopes, offsets = affine_student(steps)
+    before = states_of(levels, slopes, offsets)[-1]
+    assert abs(float(before.std()) - 0.5) > 0.1
+    config = TDMConfig(num_steps=steps, guidance=0.0, norm_floor=10.0)
+    generator, optimizer = torch.Generator().manual_seed(0), torch.optim.Adam([slopes, offsets], lr=0.05)
+    for i in range(120):
+        for group in optimizer.param_groups:
+            group["lr"] = 0.05 * (1 - i / 120)
+        total, states = torch.zeros(()), states_of(levels, slopes, offsets)
+        for k in range(steps):
+            low, high = float(levels[k + 1]), float(levels[k])
+            tau = low + (high - low) * (0.02 + 0.96 * float(torch.rand(1, generator=generator)))
+            index, start, end, at = (torch.full((512,), v) for v in (k, high, low, tau))
+            stages = Stages(index_B=index, start_B=start, end_B=end, tau_B=at)
+            x = states[k].view(-1, 1, 1)
+            landing = tdm.land(x, slopes[k] * x + offsets[k], stages)
+            seen = Landing(x_BNC=landing.x_BNC.detach(), x0_BNC=landing.x0_BNC.detach())
+            x_tau = tdm.ambient(seen, stages, torch.randn(x.shape, generator=generator)).x_BNC
+            slope, offset = exact_critic("ambient", seen, stages)
+            teacher = _teacher_velocity(x_tau, tau)
+            loss_B, _ = tdm.student_loss(
+                landing.x0_BNC, x_tau, stages.tau_B, teacher, teacher, slope * x_tau + offset, config
+            )
+            total = total + loss_B.mean()
+        optimizer.zero_grad()
+        total.backward()
+        optimizer.step()
+    after = states_of(levels, slopes, offsets)[-1]
+    assert float(after.std()) == pytest.approx(0.5, abs=0.03) and float(after.mean()) == pytest.approx(0.4, abs=0.03)
+
+
 def two_modes(share: float) -> tuple[Tensor, Tensor]:
     return torch.tensor([[-1.0, 0.0], [1.0, 0.0]]), torch.tensor([1 - share, share])
 
@@ -200,7 +276,7 @@ def walked(student: Adapted, levels: Tensor, count: int, generator: torch.Genera
     with torch.no_grad():
         for s, s_next in zip(levels.tolist(), levels.tolist()[1:], strict=False):
             v = student(states[-1], torch.full((count,), s))
-            states.append(euler_step(states[-1], v, s, s_next))
+            states.append(states[-1] + (s_next - s) * v)
     return states
 
 
@@ -212,30 +288,57 @@ def distil(target: str, guidance: float, steps: int) -> tuple[Tensor, Tensor]:
     config = TDMConfig(num_steps=4, guidance=guidance, critic_target=target, norm_floor=10.0)  # type: ignore[arg-type]
     student, critic, levels = Adapted(0.7), Adapted(0.7), torch.tensor([1.0, 0.9045, 0.7595, 0.5128, 0.0])
     before = walked(student, levels, 4000, torch.Generator().manual_seed(1))[-1]
-    optimizers = [torch.optim.Adam(net.parameters(), lr=lr) for net, lr in ((student, 1e-3), (critic, 3e-3))]
+    optimizers = [torch.optim.Adam(net.parameters(), lr=lr) for net, lr in ((student, 3e-3), (critic, 1e-2))]
     for _ in range(steps):
         states = torch.stack(walked(student, levels, 256, generator))
         for _ in range(2):
             stages = tdm.draw_stages(levels, 256, config.margin, generator)
             x, rows = states[stages.index_B, torch.arange(256)], torch.arange(256)
             taken = (states[stages.index_B + 1, rows] - x) / (stages.end_B - stages.start_B)[:, None]
-            noise = torch.randn(x.shape, generator=generator)
-            noised = CRITIC_TARGETS[target](tdm.land(x, taken, stages), stages, noise)
-            loss = tdm.critic_loss(critic(noised.x_BNC, stages.tau_B), noised).mean()
+            noise = torch.randn(x.shape, generator=generator)[:, None]
+            noised = CRITIC_TARGETS[target](tdm.land(x[:, None], taken[:, None], stages), stages, noise)
+            loss = tdm.critic_loss(critic(noised.x_BNC[:, 0], stages.tau_B)[:, None], noised).mean()
             optimizers[1].zero_grad()
             loss.backward()
             optimizers[1].step()
-        landing = tdm.land(x, student(x, stages.start_B), stages)
+        landing = tdm.land(x[:, None], student(x, stages.start_B)[:, None], stages)
         seen = Landing(x_BNC=landing.x_BNC.detach(), x0_BNC=landing.x0_BNC.detach())
         x_tau, tau = CRITIC_TARGETS[target](seen, stages, noise).x_BNC, stages.tau_B
         with torch.no_grad():
-            flows = [mixture_velocity(x_tau, tau[:, None], share) for share in (0.7, 0.5)]
-            flows.append(critic(x_tau, tau))
+            flows = [mixture_velocity(x_tau[:, 0], tau[:, None], share)[:, None] for share in (0.7, 0.5)]
+            flows.append(critic(x_tau[:, 0], tau)[:, None])
         value, _ = tdm.student_loss(landing.x0_BNC, x_tau, tau, *flows, config)
         optimizers[0].zero_grad()
         value.mean().backward()
         optimizers[0].step()
     return before, walked(student, levels, 4000, torch.Generator().manual_seed(1))[-1]
+
+
+@pytest.mark.parametrize(("share", "sign"), [(0.7, 1), (0.5, 0), (0.3, -1)])
+def test_guidance_pulls_to_the_mode_that_the_prompt_favours(share: float, sign: int) -> None:
+    """Between two modes, of which the empty prompt has equal shares, the pull is g tau times the difference of their
+    flows: towards the mode that the prompt makes likelier, and none where it makes neither."""
+    tau, x = torch.tensor([0.5]), torch.zeros(1, 1, 2)
+    v_prompt, v_empty = (mixture_velocity(x[0], tau[:, None], s)[None] for s in (share, 0.5))
+    x0 = torch.zeros(1, 1, 2, requires_grad=True)
+    config = TDMConfig(guidance=1.5, norm_floor=1.0)
+    loss, metrics = tdm.student_loss(x0, x, tau, v_prompt, v_empty, v_prompt, config)
+    loss.sum().backward()
+    assert x0.grad is not None
+    assert float(x0.grad[0, 0, 1]) == pytest.approx(0, abs=1e-6) and float(metrics["dm"]) == 0
+    # At x = 0 the flow's x0 is +-1 with the modes' shares: their mean 2 share - 1, weighed by the modes' own spread.
+    expected = 1.5 * (2 * share - 1) * (1 - 0.5 * 0.5 * 0.0625 / (0.25 * 0.0625 + 0.25))
+    assert -float(x0.grad[0, 0, 0]) == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    assert np.sign(round(-float(x0.grad[0, 0, 0]), 6)) == sign
+
+
+def test_a_student_of_a_mixture_comes_nearer_to_it() -> None:
+    modes, shares = two_modes(0.7)
+    generator = torch.Generator().manual_seed(5)
+    truth = modes[torch.multinomial(shares, 4000, replacement=True, generator=generator)]
+    truth = truth + 0.25 * torch.randn(4000, 2, generator=generator)
+    before, after = distil("ambient", 0.0, 100)
+    assert wasserstein(after, truth) < 0.9 * wasserstein(before, truth)
 
 
 def wasserstein(one: Tensor, other: Tensor) -> float:
@@ -305,6 +408,47 @@ def test_each_role_trains_alone(world: tuple[Model, Policy, Policy, Conditioner]
     assert torch.equal(look(model, conditioner, "teacher"), before["teacher"])
     assert torch.equal(look(model, conditioner, None), before[None])
     assert not torch.equal(look(model, conditioner, POLICY), before[POLICY])
+
+
+def test_one_stage_of_an_image_is_evaluated_with_a_graph(
+    world: tuple[Model, Policy, Policy, Conditioner], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, student, critic, conditioner = world
+    sampled = tdm.rollout(model, student, conditioner, PROMPTS[:2], CONFIG, 5)
+    seen = []
+
+    def counted(*args: object) -> Tensor:
+        seen.append(torch.is_grad_enabled())
+        return velocity(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(tdm, "velocity", counted)
+    tdm.train_student(student, critic, optimizer_of(student), sampled, CONFIG, torch.Generator().manual_seed(0))
+    # With a graph the student; without one the teacher with and without the prompt, and the critic.
+    assert seen == [True, False, False, False] * len(sampled.batches)
+
+
+def test_full_student_and_critic_are_copies_that_begin_as_the_teacher_and_leave_it_alone() -> None:
+    model = tiny_model()
+    add_role(model.transformer, "teacher", rank=4, alpha=8.0)
+    for i, parameter in enumerate(role_parameters(model.transformer, "teacher").values()):
+        parameter.data = 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i))
+        parameter.requires_grad_(False)
+    conditioner = Conditioner(model)
+    before = {name: look(model, conditioner, name) for name in (None, "teacher")}
+    student, critic = (make_full(model.transformer, name, start="teacher") for name in (POLICY, "critic"))
+    own = dataclasses.replace(model, transformer=student.transformer)
+    torch.testing.assert_close(look(own, conditioner, None), before["teacher"], atol=1e-5, rtol=1e-4)
+    assert not any(".lora_" in name for name in student.parameters)
+    sampled = tdm.rollout(own, student, conditioner, PROMPTS[:2], CONFIG, 5)
+    generator = torch.Generator().manual_seed(0)
+    tdm.train_critic(critic, optimizer_of(critic), sampled, CONFIG, generator)
+    torch.testing.assert_close(look(own, conditioner, None), before["teacher"], atol=1e-5, rtol=1e-4)
+    tdm.train_student(student, critic, optimizer_of(student), sampled, CONFIG, generator)
+    assert (look(own, conditioner, None) - before["teacher"]).abs().max() > 1e-4
+    for name, value in before.items():
+        assert torch.equal(look(model, conditioner, name), value)
+    with student.reference() as reference:
+        assert reference is model.transformer
 
 
 def test_without_guidance_a_student_that_is_the_teacher_has_nothing_to_learn_from_an_equal_critic(

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import Krea2Pipeline
+from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from test_training import run
 from tiny import PROMPTS, SIZE, save_tiny, tiny_model
@@ -16,12 +17,14 @@ from rlhf_img.algorithms import tdm
 from rlhf_img.cli.main import main
 from rlhf_img.config import from_mapping
 from rlhf_img.model.conditioning import Conditioner
-from rlhf_img.model.export import LORA_FILE, load_lora, save_lora
+from rlhf_img.model.export import LORA_FILE, load_lora, merge, save_lora
 from rlhf_img.model.loading import load
 from rlhf_img.model.lora import add_role, role, role_parameters
 from rlhf_img.model.sampling import sample
 from rlhf_img.report.load import load_run
 from rlhf_img.training import tdm as room
+from rlhf_img.training.export import open_trained
+from rlhf_img.training.panel import Panel
 
 SMALL = (
     "tdm.prompts=2", "tdm.images=2", "tdm.num_steps=3", "tdm.guidance=1", "tdm.lr=1e-2", "eval.num_steps=3",
@@ -77,6 +80,11 @@ def test_a_run_its_card_and_its_export(
     assert difference == pytest.approx(expected, abs=1e-6)
     assert load_run(out).card is not None and "raw, 4 steps" in (out / "report.html").read_text()
 
+    for row in card["rows"]:
+        assert row["colours"].keys() == {"brightness", "contrast", "saturation"}
+        assert ("distance" in row) == (row is not card["rows"][1])  # nothing is at a distance from itself
+    assert card["memory"] > 10**8 and (out / "card.png").is_file()
+
     # Its student in a stock pipeline, from the folder alone.
     assert run(monkeypatch, ["export", str(out), "--out", str(tmp_path / "turbo")]) == 0
     stock = Krea2Pipeline.from_pretrained(tmp_path / "turbo" / "pipeline")
@@ -99,6 +107,48 @@ def test_a_run_its_card_and_its_export(
         assert (bare - ours).abs().max() > 1e-3
     assert run(monkeypatch, ["export", str(out), "--out", str(tmp_path / "turbo")]) == 2
     assert "holds an export already" in capsys.readouterr().err
+
+
+def test_a_full_run_is_measured_exported_and_read_again(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    assert run(monkeypatch, words(files, out, "steps=1", "full=true", "card=false", "panel.every=0")) == 0
+    assert not (out / "lora").exists()
+    assert run(monkeypatch, ["export", str(out), "--out", str(tmp_path / "turbo")]) == 0
+    again, exported = open_trained(str(out), dtype=torch.float32), load(tmp_path / "turbo" / "pipeline")
+    teacher = load(files / "model", dtype=torch.float32)
+    load_lora(teacher, files / "aligned" / "lora", "policy")
+    merge(teacher, "policy")
+    drawn = [sample(dataclasses.replace(m, is_distilled=True), Conditioner(m), PROMPTS[:1], [4], num_steps=3)
+             for m in (again, exported, teacher)]
+    assert again.is_distilled and exported.is_distilled
+    assert torch.equal(drawn[0], drawn[1]) and (drawn[0] - drawn[2]).abs().max() > 1e-4
+
+
+def test_the_best_weights_are_kept_and_a_run_stops_when_they_are_past(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = {1: 0.2, 2: 0.5, 3: float("nan"), 4: 0.4, 5: 0.9}
+    kept = {}
+
+    def look(panel: Panel) -> dict[str, float]:
+        step = len(kept) + 1
+        kept[step] = {name: value.clone() for name, value in panel.policy.average.items()}
+        return {"panel/score": scores[step]}
+
+    monkeypatch.setattr(Panel, "look", look)
+    out = tmp_path / "run"
+    assert run(monkeypatch, words(files, out, "steps=9", "card=false", "panel.every=1", "panel.patience=2")) == 0
+    assert [row["step"] for row in lines(out)] == [1, 2, 3, 4]  # nothing better in two looks, one of them unscored
+    assert json.loads((out / "eval.json").read_text())["kept_step"] == 2
+    model = load(files / "model", dtype=torch.float32)
+    load_lora(model, out / "lora", "policy")
+    for name, value in role_parameters(model.transformer, "policy").items():
+        assert torch.equal(value, kept[2][name])
+    # A finished run that is resumed stays where it stopped.
+    assert run(monkeypatch, ["tdm", "--out", str(out), "--resume"]) == 0
+    assert len(lines(out)) == 4
 
 
 class _Killed(Exception):
@@ -164,6 +214,13 @@ def of_another_model(folder: Path) -> Path:
     return save_lora(model, "policy", folder).parent
 
 
+def that_fuses_text(folder: Path) -> Path:
+    model = tiny_model()
+    config = LoraConfig(r=2, lora_alpha=2, target_modules=["text_fusion.refiner_blocks.0.attn.to_q"])
+    model.transformer.add_adapter(config, adapter_name="policy")
+    return save_lora(model, "policy", folder).parent
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
@@ -174,9 +231,10 @@ def of_another_model(folder: Path) -> Path:
         (["--model", "{turbo}"], "distilled already"),
         (["eval.num_steps=16"], "made for 3 steps"),
         (["eval.guidance=1"], "without guidance"),
-        (["full=true"], "TDM trains adapters"),
         (["tdm.guidance=-1"], "the common scale w is 1 + g"),
         (["tdm.margin=0.5"], "tdm.margin is a share"),
+        (["--teacher", "{fusing}", "--model", "{model}"], "changes how text is fused"),
+        (["panel.every=-1"], "panel.every and panel.patience"),
         (["tdm.critic_target=rtdmd"], "ambient"),
     ],
 )
@@ -186,6 +244,7 @@ def test_what_a_user_gets_wrong_is_said(
 ) -> None:  # fmt: skip
     named = {"{model}": lambda: files / "model", "{no alpha}": lambda: without_alpha(files, tmp_path / "bare"),
              "{other}": lambda: of_another_model(tmp_path / "other"), "{turbo}": lambda: turbo(tmp_path / "turbo"),
+             "{fusing}": lambda: that_fuses_text(tmp_path / "fusing"),
              "{unfinished}": lambda: unfinished(files, tmp_path / "unfinished")}  # fmt: skip
     filled = [str(named[word]()) if word in named else word for word in more]
     prompts = ["--prompts", str(files / "prompts.txt"), "--eval-prompts", str(files / "prompts.txt")]

@@ -1,4 +1,4 @@
-"""`rlhf-img grpo`, `rlhf-img dpo` and `rlhf-img tdm`: train, measure, report."""
+"""`rlhf-img grpo`, `dpo`, `tdm` and `sft`: train, measure, report."""
 
 import json
 import shlex
@@ -171,6 +171,50 @@ def tdm(
     _run("tdm", given, out, resume, as_json)
 
 
+def sft(
+    settings: Annotated[
+        list[str] | None, typer.Argument(metavar="[key=value ...]", help="Settings, such as `sft.lr=3e-4`.")
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Images with a captions.jsonl or .csv (file, prompt), or a .txt each."),
+    ] = None,
+    variant: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help='Rendered by the playground instead: "striped", "warm" or "ring".'),
+    ] = None,
+    model: Annotated[str | None, typer.Option(help='"playground", a diffusers folder, or a hub id.')] = None,
+    rewards: Annotated[str | None, typer.Option(metavar="SPEC", help="What measures; it does not train.")] = None,
+    eval_prompts: Annotated[Path | None, typer.Option(help="Held-out prompts [default: captions of the data].")] = None,
+    config: Annotated[Path | None, typer.Option(help="A run file (YAML) with any settings.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The run's folder [default: runs/sft-DATE-TIME].")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of everything random.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --out.")] = False,
+    show_settings: Annotated[bool, typer.Option("--settings", help="List every setting and stop.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Teach a model captioned images, as a LoRA, by flow matching, and measure it before and after.
+
+    Precedence: key=value over options over --config over defaults.
+
+    Examples:
+
+        rlhf-img sft --variant striped --out runs/striped
+
+        rlhf-img sft --data pictures --model krea/Krea-2-Raw --rewards rubric sft.lr=1e-4
+
+        rlhf-img sft --out runs/striped --resume
+    """
+    if show_settings:
+        _print_settings("sft")
+        return
+    options = {
+        "data": _text(data), "variant": variant, "rewards": rewards, "model": model,
+        "eval_prompts": _text(eval_prompts), "seed": seed,
+    }  # fmt: skip
+    _run("sft", _given(config, options, settings), out, resume, as_json)
+
+
 def _given(config: Path | None, options: dict[str, Any], settings: list[str] | None) -> dict[str, Any]:
     """What the user said: key=value over options over the run file."""
     given = merge(load_yaml(config) if config else {}, {k: v for k, v in options.items() if v is not None})
@@ -262,6 +306,8 @@ def _print_result(console: Any, result: dict[str, Any], page: Path, seconds: flo
     rows = [("all requirements met", "pass_all"), ("single requirements met", "pass_requirement")]
     for title, key in rows:
         change = result["difference"][key]
+        if change["mean"] is None:
+            continue
         table.add_row(
             title, f"{before[key]['mean']:.1%}", f"{after[key]['mean']:.1%}",
             f"{change['mean'] * 100:+.1f} points ({change['low'] * 100:+.1f} to {change['high'] * 100:+.1f})",

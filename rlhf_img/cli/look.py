@@ -2,9 +2,12 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from rlhf_img.model.loading import Model
 
 _LORA = typer.Option(help="A LoRA folder to apply, such as a run's `lora`.")
 _MODEL = typer.Option(help='"playground", a diffusers folder, or a hub id.')
@@ -28,11 +31,10 @@ def sample(
     """
     from rlhf_img.model.conditioning import Conditioner
     from rlhf_img.rewards import Images
-    from rlhf_img.training.policies import open_policy
     from rlhf_img.training.prompts import Prompt
     from rlhf_img.training.samples import draw_images
 
-    loaded = open_policy(model, lora)
+    loaded = _load(model, lora)
     asked = [Prompt(p) for p in prompts for _ in range(images)]
     seeds = [seed + i for i in range(len(asked))]
     drawn = Images(draw_images(loaded, Conditioner(loaded), asked, seeds, num_steps=steps, guidance=guidance))
@@ -51,7 +53,7 @@ def evaluate(
     guidance: Annotated[float, _GUIDANCE] = 0.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Score one or several models, or runs (their LoRA on their model), on held-out prompts with 95 % intervals.
+    """Score one or several models, or runs (what they trained), on held-out prompts with 95 % intervals.
 
     Example: rlhf-img eval playground runs/first runs/second --count 512
     """
@@ -59,7 +61,6 @@ def evaluate(
     from rlhf_img.rewards import load_rewards
     from rlhf_img.training.evaluate import EvalConfig, summarise
     from rlhf_img.training.evaluate import evaluate as measure
-    from rlhf_img.training.policies import open_policy
     from rlhf_img.training.prompts import from_playground, read_prompts
 
     spec = load_rewards(rewards)
@@ -68,7 +69,7 @@ def evaluate(
     config = EvalConfig(prompts=count, num_steps=steps, guidance=guidance)
     results = []
     for name in models or ["playground"]:
-        loaded = open_policy(name)
+        loaded = _load(name, None)
         results.append(summarise(name, measure(loaded, Conditioner(loaded), spec, asked, config)[0]))
     if as_json:
         typer.echo(json.dumps(results, indent=1))
@@ -98,3 +99,17 @@ def _print_scores(results: list[dict[str, Any]]) -> None:
             cells.append(f"{value['mean']:.3f} ({value['low']:.3f} to {value['high']:.3f})" if known else "-")
         table.add_row(title, *cells)
     Console().print(table)
+
+
+def _load(name: str, lora: Path | None) -> "Model":
+    """A model, or what a run has trained, with a LoRA on top."""
+    from rlhf_img.model.export import load_lora
+    from rlhf_img.model.lora import roles
+    from rlhf_img.training.export import open_trained
+
+    model = open_trained(name, merged=lora is not None)
+    if lora is not None:
+        load_lora(model, lora, "lora")
+    for role in roles(model.transformer):
+        model.transformer.set_adapter(role)
+    return model

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from rlhf_img import __version__
-from rlhf_img.cli import align, doctor, export, look, pairs, playground, report, reward, rubric
+from rlhf_img.cli import align, doctor, evaluation, export, look, pairs, playground, report, reward, rubric
 from rlhf_img.errors import RlhfImgError
 
 app = typer.Typer(
@@ -30,11 +30,12 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
 app.command("grpo")(align.grpo)
 app.command("dpo")(align.dpo)
 app.command("tdm")(align.tdm)
+app.command("sft")(align.sft)
 app.command("export")(export.export)
 app.command("sample")(look.sample)
-app.command("eval")(look.evaluate)
 app.command("report")(report.report)
 app.command("doctor")(doctor.doctor)
+app.add_typer(evaluation.app, name="eval")
 app.add_typer(pairs.app, name="pairs")
 app.add_typer(rubric.app, name="rubric")
 app.add_typer(reward.app, name="reward")

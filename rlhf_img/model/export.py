@@ -1,6 +1,5 @@
-"""LoRA roles to and from files that the stock `Krea2Pipeline.load_lora_weights` reads, right at scale 1.0."""
+"""LoRA roles and trained weights to and from files, for stock diffusers and for ComfyUI; LoRAs right at scale 1.0."""
 
-import dataclasses
 import json
 import os
 import tempfile
@@ -10,13 +9,16 @@ import torch
 from diffusers import Krea2Pipeline
 from peft import get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 
 from rlhf_img.errors import RlhfImgError
 from rlhf_img.model.loading import SETTINGS_FILE, Model
 from rlhf_img.model.lora import adopt, keep_state, role_parameters, roles
+from rlhf_img.model.official import official_module, write_safetensors
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 """The name that stock pipelines look for in a folder."""
+WEIGHTS_FILE = "transformer.safetensors"
 
 
 def save_lora(model: Model, role: str, folder: str | Path) -> Path:
@@ -40,26 +42,52 @@ def save_lora(model: Model, role: str, folder: str | Path) -> Path:
     return folder / LORA_FILE
 
 
-def save_merged(
-    model: Model, role: str, folder: str | Path, *, is_distilled: bool, dtype: torch.dtype = torch.float32
-) -> Path:
-    """Write `model` to the new `folder` as a stock pipeline with the adapter `role` added to its weights.
+def save_comfyui_lora(model: Model, role: str, file: str | Path) -> Path:
+    """Write `role` to one safetensors file with ComfyUI's names, right at strength 1.0; returns the file.
 
-    `dtype` is that of the transformer on the disk; `is_distilled` makes the stock pipeline sample at the levels of a
-    distilled checkpoint. Uses `model` up: its transformer is the merged one afterwards, without any role.
-    Raises RlhfImgError for an unknown role, or a folder that is there or cannot be written.
+    ComfyUI looks for `diffusion_model.`, the official name of the layer, and `.lora_A.weight`, `.lora_B.weight` and
+    `.alpha`; it divides alpha by the rank and does not read diffusers' metadata. Raises RlhfImgError for an unknown
+    role or a file that cannot be written.
     """
-    role_parameters(model.transformer, role)
+    state: dict[str, torch.Tensor] = {}
+    for key, value in role_parameters(model.transformer, role).items():
+        path, _, part = key.rpartition(".")
+        layer = model.transformer.get_submodule(path)
+        name = f"diffusion_model.{official_module(path)}"
+        state[f"{name}.{part}.weight"] = value.detach().cpu().contiguous()
+        state[f"{name}.alpha"] = torch.tensor(float(layer.scaling[role] * layer.r[role]))
+    return write_safetensors(state, Path(file))
+
+
+def save_weights(model: Model, folder: str | Path) -> Path:
+    """Write all weights of the transformer, which has no role: what a `full` run leaves; returns the file."""
+    state = {name: value.cpu().contiguous() for name, value in model.transformer.state_dict().items()}
+    return write_safetensors(state, Path(folder) / WEIGHTS_FILE)
+
+
+def load_weights(model: Model, folder: str | Path) -> None:
+    """Read what `save_weights` wrote into the transformer. Raises RlhfImgError if it is of another model."""
+    file = Path(folder) / WEIGHTS_FILE
+    try:
+        model.transformer.load_state_dict(load_file(file))
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise RlhfImgError(f'"{file}" does not hold the weights of this model: {error}') from error
+
+
+def save_pipeline(model: Model, folder: str | Path, *, dtype: torch.dtype = torch.float32) -> Path:
+    """Write `model`, which has no role, to the new `folder` as a stock pipeline.
+
+    `dtype` is that of the transformer on the disk, to which `model` is changed. Raises RlhfImgError for a folder that
+    is there or cannot be written.
+    """
     folder = Path(folder)
     if folder.exists():
-        raise RlhfImgError(f'"{folder}" is there already; give a new folder for the merged model')
-    model.transformer.fuse_lora(adapter_names=[role])
-    model.transformer.unload_lora()
+        raise RlhfImgError(f'"{folder}" is there already; give a new folder for the model')
     model.transformer.to(dtype)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".merged-") as scratch:
-            dataclasses.replace(model, is_distilled=is_distilled).pipeline().save_pretrained(scratch)
+            model.pipeline().save_pretrained(scratch)
             (Path(scratch) / SETTINGS_FILE).write_text(json.dumps({"default_size": model.default_size}))
             os.chmod(scratch, 0o755)  # a temporary folder is its owner's alone
             os.rename(scratch, folder)
@@ -69,29 +97,40 @@ def save_merged(
     return folder
 
 
-def has_alpha(folder: str | Path) -> bool:
-    """Whether the LoRA in `folder` says how it is scaled: in its metadata, or layer by layer."""
-    with safe_open(Path(folder) / LORA_FILE, framework="pt") as file:
+def merge(model: Model, role: str) -> None:
+    """Add the adapter `role` to the weights of the model's transformer, which then has no role any more."""
+    model.transformer.fuse_lora(adapter_names=[role])
+    model.transformer.unload_lora()
+
+
+def has_alpha(path: str | Path) -> bool:
+    """Whether a LoRA, a folder or a file, says how it is scaled: in its metadata, or layer by layer."""
+    with safe_open(_lora_file(path), framework="pt") as file:
         keys, metadata = file.keys(), file.metadata() or {}
         return "lora_alpha" in metadata.get("lora_adapter_metadata", "") or any(k.endswith(".alpha") for k in keys)
 
 
-def load_lora(model: Model, folder: str | Path, role: str) -> None:
-    """Add the LoRA in `folder` as the trainable role `role`, without making it the active one.
+def load_lora(model: Model, path: str | Path, role: str) -> None:
+    """Add a LoRA, a safetensors file or the folder of one, as the trainable role `role`, without making it active.
 
-    Raises RlhfImgError for a name in use and for a folder without a readable LoRA for this model.
+    Raises RlhfImgError for a name in use and for what is no readable LoRA for this model.
     """
-    file = Path(folder) / LORA_FILE
+    file = _lora_file(path)
     if not file.is_file():
-        raise RlhfImgError(f'there is no {LORA_FILE} in "{folder}"; give a folder that `save_lora` wrote')
+        raise RlhfImgError(f'there is no {file.name} in "{file.parent}"; give a folder that `save_lora` wrote')
     if not role.isidentifier() or role in roles(model.transformer):
         raise RlhfImgError(f'a role needs a new name of letters, digits and underscores; got "{role}"')
     try:
         weights, metadata = Krea2Pipeline.lora_state_dict(
-            str(folder), weight_name=LORA_FILE, use_safetensors=True, return_lora_metadata=True
+            str(file.parent), weight_name=file.name, use_safetensors=True, return_lora_metadata=True
         )
         with keep_state(model.transformer):
             model.transformer.load_lora_adapter(weights, adapter_name=role, metadata=metadata)
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise RlhfImgError(f'"{file}" is not a LoRA for this model: {error}') from error
     adopt(model.transformer, role)
+
+
+def _lora_file(path: str | Path) -> Path:
+    path = Path(path)
+    return path if path.suffix == ".safetensors" else path / LORA_FILE

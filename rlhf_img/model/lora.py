@@ -122,6 +122,25 @@ def role(transformer: Krea2Transformer2DModel, name: str | None) -> Iterator[Non
         _activate(transformer, before)
 
 
+@contextmanager
+def scaled(transformer: Krea2Transformer2DModel, name: str, factor: float) -> Iterator[None]:
+    """Inside, the role acts `factor` times as strongly. Raises RlhfImgError for an unknown role."""
+    _require(transformer, name)
+    layers = [layer for layer in _layers(transformer).values() if name in layer.lora_A]
+    for layer in layers:
+        layer.set_scale(name, factor)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.set_scale(name, 1.0)
+
+
+def fuses_text(transformer: Krea2Transformer2DModel, name: str) -> bool:
+    """Whether the role changes how text is fused: prompts fused for another role are then wrong for it."""
+    return any(key.startswith(("text_fusion.", "txt_in.")) for key in role_parameters(transformer, name))
+
+
 def _layers(transformer: Krea2Transformer2DModel) -> dict[str, LoraLayer]:
     return {path: module for path, module in transformer.named_modules() if isinstance(module, LoraLayer)}
 

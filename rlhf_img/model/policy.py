@@ -36,11 +36,11 @@ class Policy:
     average: dict[str, Tensor]
     """Exponential moving average of `parameters`: what is evaluated and exported."""
     frozen: Krea2Transformer2DModel | None
-    """The reference of full fine-tuning: a copy of the base. With LoRA the base itself is the reference."""
+    """The reference of full fine-tuning: another copy of the base. With LoRA the base itself is the reference."""
     name: str = POLICY
     """The adapter that it is."""
     start: str | None = None
-    """The adapter that it began as, and that is its reference; None: the base."""
+    """The adapter, on the reference, that it began as; None: the base."""
 
     @contextmanager
     def acting(self) -> Iterator[Krea2Transformer2DModel]:
@@ -51,12 +51,9 @@ class Policy:
     @contextmanager
     def reference(self) -> Iterator[Krea2Transformer2DModel]:
         """The transformer as it was before training, without gradients."""
-        with torch.no_grad():
-            if self.frozen is not None:
-                yield self.frozen
-            else:
-                with role(self.transformer, self.start):
-                    yield self.transformer
+        transformer = self.frozen or self.transformer
+        with torch.no_grad(), role(transformer, self.start):
+            yield transformer
 
     @contextmanager
     def averaged(self) -> Iterator[Krea2Transformer2DModel]:
@@ -107,6 +104,21 @@ def make_role(
         copy_role(transformer, start, name)
     parameters = role_parameters(transformer, name)
     return Policy(transformer, parameters, _copied(parameters), None, name, start)
+
+
+def make_full(transformer: Krea2Transformer2DModel, name: str, *, start: str | None) -> Policy:
+    """A policy that is all weights of the blocks of a copy of `transformer`, which begins as its adapter `start`.
+
+    The adapter is added to the copy's weights and so rounded to their dtype; `transformer` itself is the reference.
+    """
+    copied = copy.deepcopy(transformer)
+    if start is not None:
+        copied.fuse_lora(adapter_names=[start])
+    copied.unload_lora()
+    parameters = dict(copied.requires_grad_(False).transformer_blocks.named_parameters())
+    for parameter in parameters.values():
+        parameter.requires_grad_(True)
+    return Policy(copied, parameters, _copied(parameters), transformer, name, start)
 
 
 def _copied(parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:

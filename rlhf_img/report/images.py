@@ -110,16 +110,16 @@ def all_passed(sample: Sample) -> bool | None:
     return None if not verdicts or None in verdicts else True
 
 
-def data_uri(file: Path | io.BytesIO) -> str | None:
-    """The image as a data URI, at most 384 px a side; None if there is no readable image."""
+def data_uri(file: Path | io.BytesIO, largest: int = _LARGEST) -> str | None:
+    """The image as a data URI, at most `largest` px a side; None if there is no readable image."""
     try:
         with Image.open(file) as image:
             image.load()
             picture = image.convert("RGB")
     except OSError:
         return None
-    small = max(picture.size) <= _LARGEST
-    picture.thumbnail((_LARGEST, _LARGEST), Image.Resampling.LANCZOS)
+    small = max(picture.size) <= largest
+    picture.thumbnail((largest, largest), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     if small:
         picture.save(buffer, "PNG", optimize=True)

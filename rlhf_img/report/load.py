@@ -50,6 +50,14 @@ class CardRow:
     """Of the network, an image."""
     seconds: float
     """To sample an image, on the run's hardware."""
+    memory: int | None
+    """Bytes that sampling takes; known on CUDA."""
+    colours: dict[str, Interval]
+    """`brightness`, `contrast`, `saturation` of its images."""
+    distance: float | None
+    """Energy distance of its images' law from that of the guided teacher at full steps."""
+    chance: float | None
+    """What such a distance stays below in 95 of 100 cases if the two laws are one."""
     agreement: Interval | None
     """With the student's image of the same prompt and seed: 1 is the same, 0 as far apart as two seeds."""
     student_minus: dict[str, Interval]
@@ -65,6 +73,10 @@ class Card:
     """The student's pass rate over that of its guided teacher at full steps."""
     gain_kept: Interval | None
     """The share of the teacher's gain over the model before alignment that the student has."""
+    memory: int | None
+    """The most bytes that the run's process has held."""
+    sheet: Path
+    """A picture: a line a prompt, a column a row, from the same noise."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +123,7 @@ def load_run(path: Path) -> Run:
 
     Raises RlhfImgError if the folder is missing or holds no run at all.
     """
-    expected = ("config.yaml", "metrics.jsonl", "eval.json", "samples")
+    expected = ("config.yaml", "metrics.jsonl", "eval.json", "portability.json", "samples")
     if not any((path / name).exists() for name in expected):
         raise RlhfImgError(f"{path} is no run directory: expected at least one of {', '.join(expected)} in it")
     notes: list[str] = []
@@ -150,7 +162,7 @@ def _load_metrics(path: Path, notes: list[str]) -> dict[str, list[float | None]]
 
 
 def _load_evaluation(path: Path, notes: list[str]) -> Evaluation | None:
-    raw = _load_json(path / "eval.json", notes, "so whether the run helped was not measured")
+    raw = load_json(path / "eval.json", notes, "so whether the run helped was not measured")
     if not isinstance(raw, dict):
         return None
     checkpoints = {str(entry["name"]): _checkpoint(entry) for entry in raw.get("checkpoints", [])}
@@ -159,17 +171,17 @@ def _load_evaluation(path: Path, notes: list[str]) -> Evaluation | None:
     return Evaluation(
         settings=settings,
         checkpoints=checkpoints,
-        difference=_intervals({key: value for key, value in difference.items() if key != "rewards"}),
-        reward_difference=_intervals(difference.get("rewards")),
+        difference=intervals({key: value for key, value in difference.items() if key != "rewards"}),
+        reward_difference=intervals(difference.get("rewards")),
     )
 
 
 def _checkpoint(entry: dict[str, Any]) -> Checkpoint:
     return Checkpoint(
         name=str(entry["name"]),
-        scores=_intervals({key: entry.get(key) for key in ("pass_all", "pass_requirement", "diversity")}),
-        by_check=_intervals(entry.get("by_check")),
-        rewards=_intervals(entry.get("rewards")),
+        scores=intervals({key: entry.get(key) for key in ("pass_all", "pass_requirement", "diversity")}),
+        by_check=intervals(entry.get("by_check")),
+        rewards=intervals(entry.get("rewards")),
         unscored={key: int(count) for key, count in (entry.get("unscored") or {}).items()},
     )
 
@@ -177,7 +189,7 @@ def _checkpoint(entry: dict[str, Any]) -> Checkpoint:
 def _load_card(path: Path, notes: list[str]) -> Card | None:
     if not (path / "card.json").exists():
         return None  # only a distillation has one
-    raw = _load_json(path / "card.json", notes, "so the student is not compared with its teacher")
+    raw = load_json(path / "card.json", notes, "so the student is not compared with its teacher")
     if not isinstance(raw, dict):
         return None
     rows = [
@@ -185,13 +197,20 @@ def _load_card(path: Path, notes: list[str]) -> Card | None:
             checkpoint=_checkpoint(entry),
             calls=int(entry["calls"]),
             seconds=float(entry["seconds"]),
-            agreement=_intervals({"agreement": entry.get("agreement")}).get("agreement"),
-            student_minus=_intervals(entry.get("student_minus")),
+            memory=entry.get("memory"),
+            colours=intervals(entry.get("colours")),
+            distance=_number((entry.get("distance") or {}).get("value")),
+            chance=_number((entry.get("distance") or {}).get("chance")),
+            agreement=intervals({"agreement": entry.get("agreement")}).get("agreement"),
+            student_minus=intervals(entry.get("student_minus")),
         )
         for entry in raw["rows"]
     ]
-    shares = _intervals({key: raw.get(key) for key in ("kept", "gain_kept")})
-    return Card(rows=tuple(rows), kept=shares.get("kept"), gain_kept=shares.get("gain_kept"))
+    shares = intervals({key: raw.get(key) for key in ("kept", "gain_kept")})
+    return Card(
+        rows=tuple(rows), kept=shares.get("kept"), gain_kept=shares.get("gain_kept"), memory=raw.get("memory"),
+        sheet=path / "card.png",
+    )  # fmt: skip
 
 
 def _load_samples(path: Path, notes: list[str]) -> dict[str, tuple[Sample, ...]]:
@@ -201,7 +220,7 @@ def _load_samples(path: Path, notes: list[str]) -> dict[str, tuple[Sample, ...]]
     order = {"before": (0, ""), "after": (2, "")}
     result = {}
     for folder in sorted(folders, key=lambda f: order.get(f.name, (1, f.name))):
-        raw = _load_json(folder / "samples.json", notes, "so its images are not shown")
+        raw = load_json(folder / "samples.json", notes, "so its images are not shown")
         if isinstance(raw, list):
             result[folder.name] = tuple(_sample(folder, entry) for entry in raw)
     return result
@@ -225,7 +244,7 @@ def _sample(folder: Path, raw: dict[str, Any]) -> Sample:
     )
 
 
-def _load_json(file: Path, notes: list[str], consequence: str) -> Any:
+def load_json(file: Path, notes: list[str], consequence: str) -> Any:
     name = f"{file.parent.name}/{file.name}"
     if not file.exists():
         notes.append(f"There is no {name}, {consequence}.")
@@ -237,7 +256,7 @@ def _load_json(file: Path, notes: list[str], consequence: str) -> Any:
         return None
 
 
-def _intervals(raw: dict[str, Any] | None) -> dict[str, Interval]:
+def intervals(raw: dict[str, Any] | None) -> dict[str, Interval]:
     """The entries that were measured; one with a null in it was not."""
     result = {}
     for key, value in (raw or {}).items():

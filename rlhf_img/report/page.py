@@ -12,9 +12,10 @@ from markupsafe import Markup
 from rlhf_img.config import yaml_text
 from rlhf_img.errors import RlhfImgError
 from rlhf_img.report.charts import Line, line_chart, short
-from rlhf_img.report.images import Strip, strips
+from rlhf_img.report.images import Strip, data_uri, strips
 from rlhf_img.report.load import Checkpoint, Interval, Run, load_run
 from rlhf_img.report.notes import derived_notes
+from rlhf_img.report.ported import Ported, load_ported
 
 _EXPLAINED = {
     "rubric/pass_all": "share of training images that meet every requirement",
@@ -45,6 +46,9 @@ _EXPLAINED = {
     "heldout/drift": "mean squared distance of velocities from the reference's, on held-out pairs",
     "beta_mean": "strength of the preference, on errors averaged over dimensions",
     "beta_sum": "strength of the preference, on summed errors",
+    "loss/low": "SFT: error at noise levels below 1/3",
+    "loss/middle": "SFT: error at the levels between",
+    "loss/high": "SFT: error at noise levels above 2/3, where layout is decided",
     "loss": "not comparable between steps; no measure of quality",
     "judge/calls": "questions that the judge was asked",
     "judge/failed": "of these, without an answer: left unscored",
@@ -53,6 +57,8 @@ _EXPLAINED = {
     "judge/seconds_p95": "95 of 100 questions took no longer",
     "judge/drift": "change of P(yes) on the canary questions since the start",
     "judge/flipped": "share of the canary questions that are now answered otherwise",
+    "panel/score": "what decides which weights are kept, and when to stop",
+    "panel/saturation": "mean colour saturation on the panel",
     "sentinel/diversity": "how different the images of one prompt are",
     "sentinel/high_freq": "share of energy in the finest detail: noise, grids",
     "sentinel/saturation": "mean colour saturation",
@@ -63,6 +69,7 @@ _GROUPS = {
     "Rewards": ("reward/", "rubric/"),
     "Sentinels: a drift here while rewards rise is a warning": ("sentinel/",),
     "Pairs: a margin that grows while both images become less likely is divergence": ("pairs/", "heldout/"),
+    "Validation panel: when it was best, the weights were kept": ("panel/",),
     "Judge": ("judge/",),
     "Optimisation": ("",),
 }
@@ -118,6 +125,8 @@ class RunView:
     diversity: Interval | None
     by_check: tuple[Delta, ...]
     strips: tuple[Strip, ...]
+    card_sheet: str | None
+    ported: Ported | None
     times: tuple[TimeShare, ...]
     seconds: float | None
     steps: int
@@ -165,6 +174,7 @@ def environment() -> Environment:
         "signed": signed,
         "short": short,
         "duration": duration,
+        "megabytes": megabytes,
         "yaml_text": yaml_text,
     }
     return environment
@@ -178,6 +188,8 @@ def _view(run: Run, index: int) -> RunView:
     rewards = dict.fromkeys([*(before.rewards if before else ()), *(after.rewards if after else ())])
     checks = dict.fromkeys([*(before.by_check if before else ()), *(after.by_check if after else ())])
     scores = {name: _delta(name, before, after, "scores", difference) for name in ("pass_all", "pass_requirement")}
+    notes = list(run.notes)
+    ported = load_ported(run.path, notes)
     return RunView(
         run=run,
         index=index,
@@ -192,12 +204,14 @@ def _view(run: Run, index: int) -> RunView:
             scores["pass_all"]._replace(label="all of a prompt"),
         ),
         strips=tuple(strips(run)),
+        card_sheet=data_uri(run.card.sheet, 1024) if run.card else None,
+        ported=ported,
         times=tuple(_times(run.metrics)),
         seconds=_total(run.metrics, "time/step"),
         steps=len(run.metrics.get("step", [])),
         facts=tuple(_facts(run)),
         counts=tuple(_counts(run)),
-        notes=(*run.notes, *derived_notes(run)),
+        notes=(*notes, *derived_notes(run)),
         config_yaml=yaml.safe_dump(run.config.get("config") or {}, sort_keys=False, allow_unicode=True),
         versions=dict(run.config.get("versions") or {}),
     )
@@ -262,11 +276,13 @@ def _times(metrics: dict[str, list[float | None]]) -> list[TimeShare]:
 def _facts(run: Run) -> list[tuple[str, str]]:
     """What was run, in the order a reader asks."""
     versions = run.config.get("versions") or {}
+    kept = run.evaluation.settings.get("kept_step") if run.evaluation else None
     facts = [
         ("command", run.config.get("command")),
         ("seed", run.config.get("seed")),
         ("hardware", versions.get("hardware")),
         ("code", " ".join(str(versions[key]) for key in ("rlhf-img", "git") if key in versions)),
+        ("weights kept", f"of step {kept}, best on the validation panel" if kept else None),
         ("folder", run.path),
     ]
     return [(name, str(value)) for name, value in facts if value not in (None, "")]
@@ -324,6 +340,15 @@ def signed(value: float) -> str:
 
 def _sign(text: str) -> str:
     return text.replace("-", "−")
+
+
+def megabytes(count: float) -> str:
+    """Bytes for people.
+
+    >>> megabytes(1_500_000_000)
+    '1500\\xa0MB'
+    """
+    return f"{count / 1e6:.0f}\N{NO-BREAK SPACE}MB"
 
 
 def duration(seconds: float) -> str:

@@ -20,6 +20,7 @@ BUILTIN: dict[str, str] = {
     "artifact": "rlhf_img.rewards.artifact:artifact",
     "residual": "rlhf_img.rewards.residual:residual",
     "rubric": "rlhf_img.rewards.rubric:rubric",
+    "variant": "rlhf_img.rewards.variant:variant",
 }
 """The rewards of this package and where they are; imported only when asked for."""
 

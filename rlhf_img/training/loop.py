@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from rlhf_img.errors import RlhfImgError
 from rlhf_img.model.conditioning import Conditioner
-from rlhf_img.model.export import save_lora
+from rlhf_img.model.export import save_lora, save_weights
 from rlhf_img.model.loading import PLAYGROUND, Model, fast_dtype, load
 from rlhf_img.model.policy import POLICY, Policy
 from rlhf_img.rewards import Reward, load_rewards
@@ -24,6 +24,8 @@ from rlhf_img.training import distributed
 from rlhf_img.training import prompts as prompt_room
 from rlhf_img.training.config import RunConfig
 from rlhf_img.training.evaluate import EVAL_SEED, EvalConfig, Evaluation, compare, evaluate, summarise
+from rlhf_img.training.export import LORA, WEIGHTS
+from rlhf_img.training.panel import Best, Panel
 from rlhf_img.training.prompts import Prompt
 from rlhf_img.training.rundir import RunDir
 from rlhf_img.training.samples import Drawn, draw, write_samples
@@ -31,7 +33,9 @@ from rlhf_img.training.state import Trained, load_state, save_state
 from rlhf_img.training.trackers import NONE, Tracker, check_name
 
 _PLAYGROUND_PROMPTS = 4096
-_NOTED = {"pass": "rubric/pass_all", "accuracy": "pairs/accuracy", "winner": "pairs/winner_rise"}
+_NOTED = {
+    "panel": "panel/score", "pass": "rubric/pass_all", "accuracy": "pairs/accuracy", "winner": "pairs/winner_rise",
+}  # fmt: skip
 """Metrics beside the progress bar, with their words there."""
 
 
@@ -49,8 +53,10 @@ class Job:
     heldout_prompts: list[Prompt]
     iterate: Callable[[int], dict[str, float]]
     """Trains one iteration, counted from 1, and returns its flat metrics."""
-    card: Callable[[Drawn, Evaluation, Console], dict[str, Any]] | None = None
+    card: Callable[[RunDir, Drawn, Evaluation, Console], dict[str, Any]] | None = None
     """What else is measured once training is done, given what "after" drew and scored: written to card.json."""
+    panel: Panel | None = None
+    """What tells when the policy was best and when to stop; None: it is trained to the end and kept as it is then."""
     notes: tuple[str, ...] = ()
     """What a user should read before training begins."""
 
@@ -77,33 +83,38 @@ def train(job: Job, run: RunDir, console: Console) -> dict[str, Any]:
     for note in job.notes:
         console.print(note, highlight=False, soft_wrap=True)
     before = _evaluate_before(job, run, console)
+    best = Best(job.panel, run, run.read_metrics() if job.panel else [])
     tracker_name = config.tracker if distributed.is_first() else NONE
     with _progress(console) as progress, Tracker(tracker_name, run.path) as tracker:
         task = progress.add_task("training", total=config.steps, completed=first, note="")
         for step in range(first + 1, config.steps + 1):
+            if best.exhausted:
+                break
             metrics = job.iterate(step)
+            metrics |= best.look(step, config.steps)
             run.append_metrics(step, metrics)
             tracker.log(metrics, step)
             progress.update(task, completed=step, note=_note(metrics))
-            if step % config.checkpoint_every == 0 or step == config.steps:
+            if step % config.checkpoint_every == 0 or step == config.steps or best.exhausted:
                 run.save_checkpoint(step, partial(save_state, trained=job.trained, step=step))
             sampled = config.sample_every and step % config.sample_every == 0 and step < config.steps
             if sampled and distributed.is_first():
                 _save_samples(job, run, f"step_{step:06d}")
+    best.restore()
     with job.policy.averaged():
         after, drawn = measured(job, console, "measuring after")
         run.save_samples("after", lambda folder: write_samples(folder, drawn, config.samples))
-        if not config.full and distributed.is_first():
-            save_lora(job.model, POLICY, run.path / "lora")
+        if distributed.is_first():
+            _save_trained(job, run)
     result = {
         "split": "heldout", "num_prompts": len(job.heldout_prompts), "images_per_prompt": 1,
         "num_steps": config.eval.num_steps, "guidance": config.eval.guidance,
         "checkpoints": [summarise("before", before), summarise("after", after)],
-        "difference": compare(before, after),
+        "difference": compare(before, after), "kept_step": best.step,
     }  # fmt: skip
     run.write_json("eval.json", result)
     if job.card is not None:
-        run.write_json("card.json", job.card(drawn, after, console))
+        run.write_json("card.json", job.card(run, drawn, after, console))
     return result
 
 
@@ -191,6 +202,13 @@ def measured(
             lambda done, total: progress.update(task, completed=done, total=total),
             job.config.samples if job.card is None else None,
         )  # fmt: skip
+
+
+def _save_trained(job: Job, run: RunDir) -> None:
+    if job.config.full:
+        save_weights(job.model, run.path / WEIGHTS)
+    else:
+        save_lora(job.model, POLICY, run.path / LORA)
 
 
 def _save_samples(job: Job, run: RunDir, tag: str) -> None:

@@ -25,7 +25,7 @@ from rlhf_img.rewards import Images
 from rlhf_img.rewards.artifact_labels import BROKEN, CLEAN, COLUMNS
 from rlhf_img.rewards.residual import fit_clean
 from rlhf_img.training import prompts as prompt_room
-from rlhf_img.training.policies import open_policy
+from rlhf_img.training.export import open_trained
 from rlhf_img.training.prompts import Prompt
 from rlhf_img.training.samples import draw_images
 
@@ -50,7 +50,7 @@ class OnPolicy:
     """What is drawn; kept beside the images, so that it can go on later."""
 
     policy: str
-    """A model or a run, see `open_policy`."""
+    """A model or a run, see `open_trained`."""
     prompts: str | None = None
     """File of prompts; None: the playground's training prompts."""
     count: int = 256
@@ -77,7 +77,7 @@ def draw_labelled(
     left = [(start, file) for start, file in zip(starts, files, strict=True) if not file.exists()]
     if left:
         asked = _prompts(config)
-        model = open_policy(config.policy)
+        model = open_trained(config.policy)
         if judge is None and model.default_size != SIZE:
             raise RlhfImgError(
                 f"{config.policy} draws {model.default_size} px, and without a judge only images of the playground "

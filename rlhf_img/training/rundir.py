@@ -111,6 +111,11 @@ class RunDir:
                 os.truncate(path, before)  # half a line would end the file where the disk did
                 raise
 
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """The lines of `metrics.jsonl`; none if there is no such file."""
+        path = self.path / "metrics.jsonl"
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
     def truncate_metrics(self, step: int) -> None:
         """Drops the lines after `step`, so that a resumed run writes the file that an uninterrupted one would."""
         path = self.path / "metrics.jsonl"
@@ -153,15 +158,26 @@ class RunDir:
         """`samples/<tag>`, made by `write(folder)`: images and their samples.json. An older one is replaced."""
         return self._write_folder(self.path / "samples" / tag, write)
 
+    def save_best(self, write: Callable[[Path], None]) -> Path:
+        """`best`, made by `write(folder)`: what was best on a validation panel so far. An older one is replaced."""
+        return self._write_folder(self.path / "best", write)
+
+    def write_image(self, name: str, png: bytes) -> None:
+        """A PNG file such as `card.png`."""
+        self._write(name, png)
+
     def _write_text(self, name: str, text: str) -> None:
+        self._write(name, text.encode())
+
+    def _write(self, name: str, content: bytes) -> None:
         if not self._writes:
             return
         target = self.path / name
         hidden = target.with_name(_HIDDEN + target.name)
         with _explained(self.path):
             try:
-                with open(hidden, "w", encoding="utf-8") as file:
-                    file.write(text)
+                with open(hidden, "wb") as file:
+                    file.write(content)
                     file.flush()
                     os.fsync(file.fileno())
                 os.replace(hidden, target)

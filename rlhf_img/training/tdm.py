@@ -16,15 +16,17 @@ from rlhf_img.errors import RlhfImgError, RunStopped
 from rlhf_img.model.conditioning import Conditioner
 from rlhf_img.model.export import has_alpha, load_lora
 from rlhf_img.model.loading import Model
-from rlhf_img.model.lora import role_parameters
-from rlhf_img.model.policy import POLICY, Policy, make_role
+from rlhf_img.model.lora import fuses_text, role_parameters
+from rlhf_img.model.policy import POLICY, Policy, make_full, make_role
 from rlhf_img.rewards import load_rewards
 from rlhf_img.training import distributed
 from rlhf_img.training import prompts as prompt_room
 from rlhf_img.training.card import controls, report_card
 from rlhf_img.training.config import RunConfig
 from rlhf_img.training.evaluate import EvalConfig
+from rlhf_img.training.likeness import ARTIFACT, Features, open_features
 from rlhf_img.training.loop import Clock, Job, open_model, train_and_heldout, watched_rewards
+from rlhf_img.training.panel import Panel, PanelConfig
 from rlhf_img.training.prompts import Prompt
 
 TEACHER, CRITIC = "teacher", "critic"
@@ -45,6 +47,7 @@ class Config(RunConfig):
     """A TDM run. Every field can be set in a run file or as `key=value`, nested ones with dots: `tdm.guidance=3`.
 
     `rewards` measure, and do not train. With a teacher, student and critic have the size of its adapter, not `lora`.
+    With `full` they are all weights of the blocks, in two copies of the transformer, and want a lower tdm.lr.
     """
 
     teacher: str | None = None
@@ -56,6 +59,10 @@ class Config(RunConfig):
     """Measure the controls of the report card once training is done: the teacher in three ways, and Raw."""
     full_steps: int = 16
     """Steps of the teacher's full sampling on the card. Krea 2 Raw's own default is 28."""
+    features: str | None = None
+    """In what the card measures the distance to the teacher's images: "artifact", or a hub id or folder of SigLIP or
+    DINO; None: "artifact" for images of 32 to 128 px, and for others it is not measured."""
+    panel: PanelConfig = field(default_factory=PanelConfig)
     eval: StudentEvalConfig = field(default_factory=StudentEvalConfig)
     tdm: TDMConfig = field(default_factory=TDMConfig)
 
@@ -64,8 +71,6 @@ class Config(RunConfig):
         super(Config, self).__post_init__()  # a dataclass with slots is not the class that a bare super() knows
         if self.full_steps < 1:
             raise RlhfImgError(f"full_steps must be 1 or more; got {self.full_steps}")
-        if self.full:
-            raise RlhfImgError("TDM trains adapters: student, critic and teacher share one base; leave `full` out")
         if (self.eval.num_steps, self.eval.guidance) != (self.tdm.num_steps, 0.0):
             raise RlhfImgError(
                 f"the student is made for {self.tdm.num_steps} steps (tdm.num_steps) without guidance, and would be "
@@ -111,29 +116,56 @@ def prepare(config: Config) -> tuple[Parts, Job]:
     if config.teacher is not None:
         load_teacher(model, Path(config.teacher))
     start = None if config.teacher is None else TEACHER
-    student = make_role(model.transformer, POLICY, config.lora, config.seed, start=start)
-    critic = make_role(model.transformer, CRITIC, config.lora, config.seed + 1, start=start)
+    student, critic = (
+        make_full(model.transformer, name, start=start) if config.full
+        else make_role(model.transformer, name, config.lora, config.seed + i, start=start)
+        for i, name in enumerate((POLICY, CRITIC))
+    )
     optimizers: dict[str, torch.optim.Optimizer] = {
         role.name: torch.optim.AdamW(list(role.parameters.values()), lr=lr, weight_decay=config.tdm.weight_decay)
         for role, lr in ((student, config.tdm.lr), (critic, config.tdm.critic_lr))
     }
     # From here on the model is sampled as the student will be: at the levels of a distilled checkpoint.
-    shipped = dataclasses.replace(model, is_distilled=True)
+    shipped = dataclasses.replace(model, transformer=student.transformer, is_distilled=True)
+    conditioner = Conditioner(model)
+    panel, prompts = set_aside(config, shipped, conditioner, student, prompts)
     parts = Parts(
-        config=config, model=shipped, student=student, critic=critic, conditioner=Conditioner(model),
+        config=config, model=shipped, student=student, critic=critic, conditioner=conditioner,
         optimizers=optimizers, prompts=prompts,
     )  # fmt: skip
     job = Job(
         config=config, model=shipped, conditioner=parts.conditioner,
         trained={role.name: (role, optimizers[role.name]) for role in (student, critic)}, watched=watched,
-        heldout_prompts=heldout, iterate=partial(iteration, parts),
+        heldout_prompts=heldout, iterate=partial(iteration, parts), panel=panel,
     )  # fmt: skip
     if config.card:
         against = controls(model, start, config.tdm.num_steps, config.full_steps, config.tdm.guidance)
-        job = dataclasses.replace(job, card=lambda drawn, after, console: report_card(
-            job, against, drawn, after, console
+        features = _features(config, model)
+        job = dataclasses.replace(job, card=lambda run, drawn, after, console: report_card(
+            job, run, against, features, drawn, after, console
         ))  # fmt: skip
     return parts, job
+
+
+def set_aside(
+    config: Config, model: Model, conditioner: Conditioner, student: Policy, prompts: list[Prompt]
+) -> tuple[Panel | None, list[Prompt]]:
+    """The validation panel, and the prompts that are left for training; of fewer than 5 all are for both."""
+    if not config.panel.every:
+        return None, prompts
+    count = min(config.panel.prompts, len(prompts) // 5)
+    panel = Panel(
+        config=config.panel, model=model, conditioner=conditioner, policy=student,
+        rewards=[r for r in load_rewards(config.rewards) if r.role != "measure"],
+        prompts=prompts[:count] or prompts[: config.panel.prompts], settings=config.eval,
+    )  # fmt: skip
+    return panel, prompts[count:]
+
+
+def _features(config: Config, model: Model) -> Features | None:
+    if config.features is None and not 32 <= model.default_size <= 128:
+        return None
+    return open_features(config.features or ARTIFACT)
 
 
 def load_teacher(model: Model, path: Path) -> None:
@@ -150,6 +182,11 @@ def load_teacher(model: Model, path: Path) -> None:
         raise RlhfImgError(
             f"the LoRA in {folder} does not say its alpha, so how strong the teacher is meant to be is not known; "
             "save it again with diffusers' save_lora_weights and its adapter metadata, or give a run's folder"
+        )
+    if fuses_text(model.transformer, TEACHER):
+        raise RlhfImgError(
+            f"the LoRA in {folder} changes how text is fused, and the fused prompts serve teacher, student and critic "
+            "alike: merge it into the model first (rlhf-img export), and distil that with --teacher none"
         )
     for parameter in role_parameters(model.transformer, TEACHER).values():
         parameter.requires_grad_(False)

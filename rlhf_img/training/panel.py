@@ -1,0 +1,132 @@
+"""A small validation panel that is looked at while a run goes on, and tells when it was best and when to stop."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from safetensors.torch import load_file, save_file
+
+from rlhf_img.errors import RlhfImgError
+from rlhf_img.model.conditioning import Conditioner
+from rlhf_img.model.loading import Model
+from rlhf_img.model.policy import Policy
+from rlhf_img.rewards import Reward
+from rlhf_img.training.evaluate import EVAL_SEED, EvalConfig
+from rlhf_img.training.likeness import colours
+from rlhf_img.training.prompts import Prompt
+from rlhf_img.training.rundir import RunDir
+from rlhf_img.training.samples import draw
+
+SCORE = "panel/score"
+_FILE = "average.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PanelConfig:
+    """When to look, and how long to wait for something better."""
+
+    every: int = 25
+    """Iterations between two looks; 0: none, and the last weights are kept."""
+    prompts: int = 64
+    """Training prompts that are set aside for it, at most a fifth; one image each."""
+    patience: int = 3
+    """Looks in a row without a better score after which the run ends; 0: it goes on to the end."""
+
+    def __post_init__(self) -> None:
+        """Raises RlhfImgError for values out of range."""
+        if min(self.every, self.patience) < 0 or self.prompts < 1:
+            raise RlhfImgError("panel.every and panel.patience must be 0 or more, and panel.prompts 1 or more")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Panel:
+    """What is looked at. Its prompts are no held-out ones, so that choosing by it does not touch what is reported."""
+
+    config: PanelConfig
+    model: Model
+    conditioner: Conditioner
+    policy: Policy
+    rewards: Sequence[Reward]
+    prompts: Sequence[Prompt]
+    settings: EvalConfig
+
+    def look(self) -> dict[str, float]:
+        """Measures the averaged weights: `panel/score`, the mean over rewards of their place in their range, each
+        reward's mean, and the mean saturation. NaN where nothing could be scored."""
+        with self.policy.averaged():
+            drawn = draw(
+                self.model, self.conditioner, self.rewards, self.prompts,
+                [3 * EVAL_SEED + i for i in range(len(self.prompts))], num_steps=self.settings.num_steps,
+                guidance=self.settings.guidance,
+            )  # fmt: skip
+        values = {name: drawn.scores.values_BK[:, k].numpy() for k, name in enumerate(drawn.scores.names)}
+        known = {name: v[~np.isnan(v)] for name, v in values.items()}
+        means = {name: float(v.mean()) if v.size else math.nan for name, v in known.items()}
+        places = [_place(means[reward.name], reward.range) for reward in self.rewards]
+        return {
+            SCORE: float(np.mean(places)), **{f"panel/{name}": value for name, value in means.items()},
+            "panel/saturation": float(np.mean(colours(drawn.images.tensor)["saturation"])),
+        }  # fmt: skip
+
+
+def _place(value: float, limits: tuple[float, float]) -> float:
+    low, high = limits
+    return (value - low) / (high - low) if math.isfinite(high - low) else value
+
+
+class Best:
+    """The best weights of a run so far, by its panel, kept in the run's folder; a resumed run goes on with them."""
+
+    def __init__(self, panel: Panel | None, run: RunDir, rows: Sequence[Mapping[str, float | None]]) -> None:
+        """`rows`: the lines of metrics.jsonl up to where the run goes on."""
+        self._panel, self._run = panel, run
+        self._seen = [(int(row["step"] or 0), row[SCORE]) for row in rows if SCORE in row]
+
+    def look(self, step: int, last: int) -> dict[str, float]:
+        """The panel's metrics if one is due after iteration `step` of `last`; better weights are kept."""
+        panel = self._panel
+        if panel is None or not panel.config.every or (step % panel.config.every and step != last):
+            return {}
+        metrics = panel.look()
+        before = self.score
+        self._seen.append((step, metrics[SCORE]))
+        if metrics[SCORE] > before:  # NaN is not better than anything
+            average = {name: value.cpu().contiguous() for name, value in panel.policy.average.items()}
+            self._run.save_best(lambda folder: save_file(average, folder / _FILE))
+        return metrics
+
+    @property
+    def score(self) -> float:
+        return max((score for _, score in self._known()), default=-math.inf)
+
+    @property
+    def step(self) -> int | None:
+        """The iteration whose weights are the best; None if no panel was scored."""
+        return next((step for step, score in self._known() if score == self.score), None)
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether the panel has not risen for too long."""
+        if self._panel is None or not self._panel.config.patience or self.step is None:
+            return False
+        return sum(step > self.step for step, _ in self._seen) >= self._panel.config.patience
+
+    def restore(self) -> None:
+        """Makes the best weights the averaged ones, which are measured and exported."""
+        if self._panel is not None and self.step is not None:
+            read_average(self._run.path / "best" / _FILE, self._panel.policy)
+
+    def _known(self) -> list[tuple[int, float]]:
+        return [(step, score) for step, score in self._seen if score is not None and not math.isnan(score)]
+
+
+def read_average(file: Path, policy: Policy) -> None:
+    """The averaged weights of a policy from a file. Raises RlhfImgError if it cannot be read."""
+    try:
+        saved = load_file(file)
+        for name, value in policy.average.items():
+            value.copy_(saved[name])
+    except (OSError, KeyError, RuntimeError) as error:
+        raise RlhfImgError(f"{file} cannot be read ({error}): start the run again with another --out") from error
