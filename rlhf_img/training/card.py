@@ -11,7 +11,8 @@ from rich.console import Console
 from rlhf_img.model.loading import Model
 from rlhf_img.model.lora import role
 from rlhf_img.model.sampling import sample
-from rlhf_img.training.evaluate import EVAL_SEED, EvalConfig, Evaluation, compare, interval, ratio_interval, summarise
+from rlhf_img.training.evaluate import EVAL_SEED, EvalConfig, Evaluation, compare, summarise
+from rlhf_img.training.intervals import interval, ratio_interval
 from rlhf_img.training.loop import Job, measured
 from rlhf_img.training.samples import Drawn
 from rlhf_img.training.sentinels import distance
