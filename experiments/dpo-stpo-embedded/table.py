@@ -59,7 +59,8 @@ def preference_table(folder: Path) -> list[str]:
         steps = yaml.safe_load((run / "config.yaml").read_text())["config"]["steps"]
         rows.append((steps, METHODS.index(method), seed, (
             f"| {method} | {steps} | {seed} | {points(difference['pass_all'])} "
-            f"| {100 * seen['heldout/winner_rise']:+.1f} % | {100 * seen['heldout/loser_rise']:+.1f} % | {100 * seen['heldout/accuracy']:.0f} % "
+            f"| {100 * seen['heldout/winner_rise']:+.1f} % | {100 * seen['heldout/loser_rise']:+.1f} % "
+            f"| {100 * seen['heldout/accuracy']:.0f} % "
             f"| {ratio(difference['high_freq_ratio'])} | {ratio(difference['diversity_ratio'])} "
             f"| {seen['beta_mean']:.0f} | {seconds(run):.0f} |"
         )))  # fmt: skip
