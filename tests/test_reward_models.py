@@ -59,14 +59,18 @@ def centred(image: Image.Image, side: int) -> Tensor:
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
+    from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
     folder = tmp_path_factory.mktemp("clip")
     letters = "abcdefghijklmnopqrstuvwxyz"
     ends = {f"{c}</w>": i + 28 for i, c in enumerate(letters)}
     vocab = {"<|startoftext|>": 0, "<|endoftext|>": 1, **{c: i + 2 for i, c in enumerate(letters)}, **ends}
     CLIPTokenizer(vocab=vocab, merges=[], model_max_length=77).save_pretrained(folder)
-    CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(folder)
+    # As the published files have it.
+    (folder / "preprocessor_config.json").write_text(json.dumps({
+        "crop_size": 32, "do_center_crop": True, "do_normalize": True, "do_resize": True, "resample": 3, "size": 32,
+        "feature_extractor_type": "CLIPFeatureExtractor", "image_mean": CLIP_MEAN, "image_std": CLIP_STD,
+    }))  # fmt: skip
     torch.manual_seed(0)
     config = CLIPConfig(
         text_config={"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -79,6 +83,9 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for parameter in model.parameters():
         parameter.data += 0.05 * torch.randn_like(parameter) if parameter.ndim else 0
     model.save_pretrained(folder)
+    if cosines(folder, PROMPTS, pictures()).mean() < 0:  # a cosine below 0 is taken as 0, which would show little
+        model.text_projection.weight.data.neg_()
+        model.save_pretrained(folder)
     return folder
 
 
@@ -98,14 +105,14 @@ def cosines(folder: Path, prompts: Sequence[str], images: Images) -> Tensor:
 
 
 def test_pickscore_is_the_models_logit(clip: Path) -> None:
-    expected = (20.0 * cosines(clip, PROMPTS, pictures())).clamp_min(0)
+    raw = 20.0 * cosines(clip, PROMPTS, pictures())
     found = scored("pickscore", pictures(), model=str(clip), processor=str(clip))
-    torch.testing.assert_close(torch.tensor(found), expected, rtol=1e-4, atol=1e-4)
-    assert expected.unique().numel() == 3
+    torch.testing.assert_close(torch.tensor(found), raw.clamp_min(0), rtol=1e-4, atol=1e-4)
+    assert raw.unique().numel() == 3 and max(found) > 0
 
 
 def test_clipscore_is_two_and_a_half_cosines_of_the_prefixed_prompt(clip: Path) -> None:
-    texts = [f"a photo depicts {prompt}" for prompt in PROMPTS]
+    texts = [f"A photo depicts {prompt}" for prompt in PROMPTS]
     expected = (2.5 * cosines(clip, texts, pictures())).clamp_min(0)
     found = scored("clipscore", pictures(), model=str(clip))
     torch.testing.assert_close(torch.tensor(found), expected, rtol=1e-4, atol=1e-4)
@@ -251,12 +258,16 @@ TEMPLATE = "Rate a picture of {text_prompt} : <|Reward|> end"
 @pytest.fixture(scope="module")
 def hps(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, dict[str, Tensor]]:
     """A folder with base, weights in the published names and template; the base's model; the head."""
-    from transformers import AutoTokenizer, Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen2VLImageProcessorPil
+    from transformers import AutoTokenizer, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
     folder = tmp_path_factory.mktemp("hps")
     tokenizer = AutoTokenizer.from_pretrained(JUDGE)
     tokenizer.save_pretrained(folder)
-    Qwen2VLImageProcessorPil().save_pretrained(folder)
+    # As the published file has it: with limits on the size that HPSv3 does not keep to.
+    (folder / "preprocessor_config.json").write_text(json.dumps({
+        "min_pixels": 3136, "max_pixels": 12845056, "patch_size": 14, "temporal_patch_size": 2, "merge_size": 2,
+        "image_mean": CLIP_MEAN, "image_std": CLIP_STD, "image_processor_type": "Qwen2VLImageProcessor",
+    }))  # fmt: skip
     torch.manual_seed(0)
     config = Qwen2VLConfig(
         text_config={"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,

@@ -2,14 +2,14 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from rlhf_img.errors import RlhfImgError
 
 
-def train_aesthetic(
+def train(
     pairs: Annotated[Path, typer.Option(metavar="DATA", help="Preference pairs: a Parquet file or a folder of them.")],
     out: Annotated[
         Path | None,
@@ -47,11 +47,7 @@ def train_aesthetic(
 
     Use it with the reward {reward: aesthetic, options: {weights: aesthetic.safetensors}}.
     """
-    from functools import partial
-
-    from rich.progress import Progress
-
-    from rlhf_img.training.pairs import parse_columns, read_pairs, survey
+    from rlhf_img.training.pairs import parse_columns, survey
 
     if vlm is not None and backbone != "artifact":
         raise RlhfImgError("--backbone is for a head and --vlm for a whole model: give one of them")
@@ -61,21 +57,32 @@ def train_aesthetic(
     given = {"steps": steps, "pairs": batch, "lr": lr, "seed": seed}
     chosen = {name: value for name, value in given.items() if value is not None}
     target = out or Path("aesthetic.safetensors" if vlm is None else "aesthetic")
+    card = _fit(target, chosen, pairs, mapping, backbone, vlm, resume)
+    typer.echo(json.dumps({part: card[part] for part in ("pairs", "train", "heldout")}, indent=2))
+    typer.echo(f"Wrote {target}; use it with {{reward: aesthetic, options: {{weights: {target}}}}}")
+
+
+def _fit(
+    out: Path, settings: dict[str, Any], pairs: Path, columns: dict[str, str], backbone: str, vlm: str | None,
+    resume: bool,
+) -> dict[str, Any]:  # fmt: skip
+    from functools import partial
+
+    from rich.progress import Progress
+
+    from rlhf_img.rewards.aesthetic_training import AestheticTraining, train_aesthetic
+    from rlhf_img.rewards.vlm_training import VLMTraining, train_vlm
+    from rlhf_img.training.pairs import read_pairs
+
+    read = partial(read_pairs, pairs, columns)
     with Progress(transient=True) as bar:
         task = bar.add_task("reading", total=None)
 
         def show(what: str, done: int, total: int) -> None:
             bar.update(task, description=what, completed=done, total=total)
 
-        read = partial(read_pairs, pairs, mapping)
         if vlm is None:
-            from rlhf_img.rewards.aesthetic_training import AestheticTraining
-            from rlhf_img.rewards.aesthetic_training import train_aesthetic as fit
-
-            card = fit(target, AestheticTraining(**chosen), read, backbone=backbone, resume=resume, show=show)
-        else:
-            from rlhf_img.rewards.vlm_training import VLMTraining, train_vlm
-
-            card = train_vlm(target, VLMTraining(**chosen), read, vlm, resume=resume, show=show)
-    typer.echo(json.dumps({"pairs": card["pairs"], "train": card["train"], "heldout": card["heldout"]}, indent=2))
-    typer.echo(f"Wrote {target}; use it with {{reward: aesthetic, options: {{weights: {target}}}}}")
+            return train_aesthetic(
+                out, AestheticTraining(**settings), read, backbone=backbone, resume=resume, show=show
+            )
+        return train_vlm(out, VLMTraining(**settings), read, vlm, resume=resume, show=show)

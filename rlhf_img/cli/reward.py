@@ -27,7 +27,7 @@ app = typer.Typer(
 train = typer.Typer(help="Train a learned reward.", no_args_is_help=True)
 app.add_typer(train, name="train")
 app.command("probe")(probe.probe)
-train.command("aesthetic")(aesthetic.train_aesthetic)
+train.command("aesthetic")(aesthetic.train)
 
 
 @app.command("list")

@@ -41,12 +41,12 @@ class Clip:
 @lru_cache(maxsize=2)
 def open_clip(model: str, processor: str) -> Clip:
     """From hub ids or folders, on a GPU if there is one. Raises RlhfImgError if there is no such CLIP."""
-    from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
+    from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel
 
     try:
         loaded = CLIPModel.from_pretrained(model).eval().requires_grad_(False)
         tokenizer = AutoTokenizer.from_pretrained(processor)
-        images = AutoImageProcessor.from_pretrained(processor, backend="pil")
+        images = CLIPImageProcessorPil.from_pretrained(processor)
     except (OSError, ValueError) as error:
         raise RlhfImgError(
             f"the CLIP {model} (processor {processor}) cannot be opened: {error}. Give hub ids or folders as the "

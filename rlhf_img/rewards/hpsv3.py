@@ -111,15 +111,13 @@ def _template(path: str | None) -> str:
 @lru_cache(maxsize=1)
 def open_hpsv3(template: str, model: str, base: str) -> HPSv3:
     """Raises RlhfImgError if files are missing or do not fit together."""
-    from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer, Qwen2VLImageProcessorPil
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(base)
         tokenizer.add_special_tokens({"additional_special_tokens": [TOKEN]}, replace_extra_special_tokens=False)
         tokenizer.padding_side = "right"
-        images = AutoImageProcessor.from_pretrained(
-            base, backend="pil", size={"shortest_edge": PIXELS, "longest_edge": PIXELS}
-        )
+        images = Qwen2VLImageProcessorPil.from_pretrained(base, min_pixels=PIXELS, max_pixels=PIXELS)
         loaded, head = from_state(_weights(model), AutoConfig.from_pretrained(base))
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise RlhfImgError(
