@@ -357,6 +357,21 @@ def test_the_page_and_its_images_do_not_say_what_is_what(tmp_path: Path) -> None
         assert len({reply.read() for reply in urls}) == 2
 
 
+def test_a_database_that_is_away_is_no_refusal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The page asks again after 503 and gives an answer up after 400."""
+    testclient = pytest.importorskip("starlette.testclient", reason="starlette or its test client is not installed")
+    from rlhf_img.training.annotation.databases import StoreFailed
+    from rlhf_img.training.annotation.server import make_app
+
+    candidates = read_candidates(twenty(tmp_path))
+    store = Store(str(tmp_path / "a.sqlite"), "x")
+    client = testclient.TestClient(make_app(candidates, store), base_url="http://127.0.0.1")
+    answer = {"annotator": "ann", "pair": candidates[0].id, "answer": "tie"}
+    assert client.post("/answer", json=answer).status_code == 400  # nobody asked about it
+    monkeypatch.setattr(store, "record", lambda label: (_ for _ in ()).throw(StoreFailed("away")))
+    assert client.post("/answer", json=answer).status_code == 503
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [(["--export", "out"], "nobody has preferred an image yet"), (["--port", "TAKEN"], "give another --port")],

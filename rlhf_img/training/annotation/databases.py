@@ -12,6 +12,10 @@ from rlhf_img.errors import RlhfImgError
 POSTGRES = ("postgresql://", "postgres://")
 
 
+class StoreFailed(RlhfImgError):
+    """The database cannot be reached or written now; it may come back."""
+
+
 class Result(NamedTuple):
     """What a statement gave back, and how many rows it wrote."""
 
@@ -62,7 +66,7 @@ class SQLite:
                     raise
                 connection.execute("COMMIT")
         except sqlite3.Error as error:
-            raise RlhfImgError(f"answers cannot be kept in {self._file}: {error}; give another --store") from error
+            raise StoreFailed(f"answers cannot be kept in {self._file}: {error}; give another --store") from error
 
 
 class Postgres:
@@ -92,8 +96,9 @@ class Postgres:
                 yield execute
         except self._psycopg.Error as error:
             # Not the URL itself: it may hold a password.
-            raise RlhfImgError(f"the PostgreSQL store failed: {error}; see that --store is right and the server up") \
-                from error
+            raise StoreFailed(
+                f"the PostgreSQL store failed: {error}; see that --store is right and the server up"
+            ) from error
 
 
 def open_database(store: str) -> Database:

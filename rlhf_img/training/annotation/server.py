@@ -19,6 +19,7 @@ from starlette.routing import Route
 from rlhf_img.errors import RlhfImgError
 from rlhf_img.training.annotation.answers import agreement
 from rlhf_img.training.annotation.candidates import Candidate
+from rlhf_img.training.annotation.databases import StoreFailed
 from rlhf_img.training.annotation.store import Choice, Label, Store
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -42,7 +43,7 @@ def make_app(candidates: Sequence[Candidate], store: Store, hosts: Sequence[str]
     ]
     allowed = [f"[{host}]" if ":" in host else host for host in hosts]
     return Starlette(routes=routes, middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=allowed)],
-                     exception_handlers={RlhfImgError: _refused})  # fmt: skip
+                     exception_handlers={StoreFailed: _away, RlhfImgError: _refused})  # fmt: skip
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -106,6 +107,11 @@ async def _image(known: dict[str, Candidate], request: Request) -> Response:
 
 async def _refused(request: Request, error: Exception) -> Response:
     return JSONResponse({"error": str(error)}, status_code=400)
+
+
+async def _away(request: Request, error: Exception) -> Response:
+    """The page asks again."""
+    return JSONResponse({"error": str(error)}, status_code=503)
 
 
 async def _body(request: Request) -> dict[str, Any]:
