@@ -50,7 +50,7 @@ def centred(image: Image.Image, side: int) -> Tensor:
     ratio = side / min(width, height)
     image = image.resize((int(width * ratio), int(height * ratio)), Image.Resampling.BICUBIC)
     left, top = (image.width - side) // 2, (image.height - side) // 2
-    x = torch.from_numpy(np.asarray(image.crop((left, top, left + side, top + side)))).permute(2, 0, 1) / 255
+    x = torch.from_numpy(np.array(image.crop((left, top, left + side, top + side)))).permute(2, 0, 1) / 255
     return ((x - torch.tensor(CLIP_MEAN)[:, None, None]) / torch.tensor(CLIP_STD)[:, None, None])[None]
 
 
@@ -246,7 +246,7 @@ def test_imagereward_reads_safetensors_too_and_says_what_does_not_fit(
     wrong = tmp_path / "wrong"
     shutil.copytree(folder, wrong)
     torch.save({k: v for k, v in state.items() if "blocks.1.norm2" not in k}, wrong / "ImageReward.pt")
-    with pytest.raises(RlhfImgError, match=r"ImageReward cannot be opened.*layer_norm2"):
+    with pytest.raises(RlhfImgError, match=r"(?s)ImageReward cannot be opened.*layer_norm2"):
         blip_room.open_image_reward(str(wrong), words)
 
 

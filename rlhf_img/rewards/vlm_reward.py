@@ -1,7 +1,9 @@
 """A vision-language model as a reward: its language head is one number wide, and what it says last is the score."""
 
 import json
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,6 +63,14 @@ def prepared(processor: Any, prompts: Sequence[str], images: Sequence[Image.Imag
     return inputs
 
 
+@contextmanager
+def old_names() -> Iterator[None]:
+    """TRL and peft still ask transformers by names that it has given up: no warning that a user could act on."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
+        yield
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class VLMModel:
     """A trained model with its processor."""
@@ -89,7 +99,8 @@ def load_vlm(folder: Path) -> VLMModel:
     card = json.loads(card_of(folder).read_text())
     base, processor = open_base(card["base"])
     try:
-        model = PeftModel.from_pretrained(base, str(folder))
+        with old_names():
+            model = PeftModel.from_pretrained(base, str(folder))
     except (OSError, ValueError, RuntimeError) as error:
         raise RlhfImgError(f"aesthetic: {folder} holds no adapter for {card['base']}: {error}") from error
     device = "cuda" if torch.cuda.is_available() else "cpu"

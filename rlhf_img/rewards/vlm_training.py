@@ -4,7 +4,6 @@ TRL's reward trainer is for texts: it turns pairs into token ids, and has no pla
 more than a model with `logits`, so that the images come in where rows become a batch, in a collator of our own.
 """
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,7 +26,7 @@ from rlhf_img.rewards.preference import (
     write_card,
 )
 from rlhf_img.rewards.protocol import Images
-from rlhf_img.rewards.vlm_reward import ASKED, HEAD, VLMModel, open_base, prepared
+from rlhf_img.rewards.vlm_reward import ASKED, HEAD, VLMModel, old_names, open_base, prepared
 
 _TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """Linear layers of the language model, as nearly all of them are called."""
@@ -124,9 +123,7 @@ def _trained(
         return dict(prepared(processor, [pair.prompt for pair in some] * 2, images))
 
     lora = LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=list(_TARGETS), modules_to_save=[HEAD])
-    with warnings.catch_warnings():
-        # TRL and peft still ask transformers by names that it has given up.
-        warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
+    with old_names():
         trainer = RewardTrainer(
             model=model, args=arguments, train_dataset=rows, data_collator=collate,
             processing_class=processor.tokenizer, callbacks=[Bar()], peft_config=lora,
