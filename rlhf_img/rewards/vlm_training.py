@@ -56,11 +56,12 @@ def train_vlm(
 ) -> dict[str, Any]:  # fmt: skip
     """Trains a LoRA and a head on `base`; writes the adapter and its card into the folder `out`; returns the card.
 
-    Raises RlhfImgError for too few pairs, a base that cannot be used, missing packages, an `out` that holds a finished
+    The encoded pairs are held in memory. Raises RlhfImgError for too few pairs, a base that cannot be used, missing packages, an `out` that holds a finished
     reward, and if what is to be resumed is of other pairs or settings.
     """
     if card_of(out).is_file() and out.is_dir():
         raise RlhfImgError(f"{out} holds a reward already: give another --out")
+    _require_trl()
     digest, sizes = fingerprint(read)
     settings = {**asdict(config), "base": base, "pairs_of": digest, "asked": ASKED}
     state = out / "training"
@@ -86,18 +87,24 @@ def train_vlm(
     return card
 
 
+def _require_trl() -> None:
+    try:
+        import datasets  # noqa: F401
+        import trl  # noqa: F401
+    except ImportError as error:
+        raise RlhfImgError(
+            f"training a vision-language model needs more ({error}): pip install 'rlhf-img[vlm]'"
+        ) from error
+
+
 def _trained(
     pairs: Sequence[Preference], config: VLMTraining, base: str, state: Path, resume: bool, show: Show
 ) -> tuple[Any, Any]:
     """The model with its adapter after all steps, and its processor."""
-    try:
-        from datasets import Dataset
-        from transformers import TrainerCallback
-        from trl import RewardConfig, RewardTrainer
-    except ImportError as error:
-        raise RlhfImgError(f"training a vision-language model needs more ({error}): pip install 'rlhf-img[vlm]'") \
-            from error
+    from datasets import Dataset
     from peft import LoraConfig
+    from transformers import TrainerCallback
+    from trl import RewardConfig, RewardTrainer
 
     class Bar(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
