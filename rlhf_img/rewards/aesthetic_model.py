@@ -29,8 +29,8 @@ class Features:
 
     name: str
     tower: DefectNet | Backbone
-    side: int | None = None
-    """Side in pixels at which "artifact" looks; a backbone resizes by itself."""
+    side: int = 0
+    """Side in pixels at which "artifact" looks; a backbone resizes by itself and has none here."""
 
     @torch.no_grad()
     def __call__(self, images_B3HW: Float[Tensor, "B 3 H W"], *, batch: int = 64) -> Float[Tensor, "B F"]:
