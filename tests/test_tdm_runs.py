@@ -23,6 +23,7 @@ from rlhf_img.model.lora import add_role, role, role_parameters
 from rlhf_img.model.sampling import sample
 from rlhf_img.report.load import load_run
 from rlhf_img.training import tdm as room
+from rlhf_img.training.adapters import settings_of
 from rlhf_img.training.export import open_trained
 from rlhf_img.training.panel import Panel
 
@@ -187,7 +188,7 @@ def test_killed_and_resumed_is_uninterrupted_to_the_bit_with_critic_and_average(
 
 def test_before_is_the_teacher_at_the_steps_of_the_student(files: Path) -> None:
     _, job = room.prepare(from_mapping(room.Config, {
-        **room.teacher_settings(str(files / "aligned")), "teacher": str(files / "aligned"),
+        **settings_of(str(files / "aligned"), room.INHERITED), "teacher": str(files / "aligned"),
         "tdm": {"num_steps": 3}, "eval": {"num_steps": 3}, "dtype": "float32",
     }, "settings"))  # fmt: skip
     model = load(files / "model", dtype=torch.float32)

@@ -19,7 +19,7 @@ from tiny import PROMPTS, save_tiny
 from rlhf_img.cli.main import main
 from rlhf_img.errors import RlhfImgError
 from rlhf_img.training import prompts as prompt_room
-from rlhf_img.training.evaluate import interval, ratio_interval
+from rlhf_img.training.intervals import interval, ratio_interval
 from rlhf_img.training.prompts import Prompt, read_prompts
 from rlhf_img.training.sentinels import diversity, image_statistics
 

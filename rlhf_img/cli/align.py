@@ -30,6 +30,10 @@ def grpo(
     model: Annotated[
         str | None, typer.Option(help='"playground" (ships with the package), a diffusers folder, or a hub id.')
     ] = None,
+    start: Annotated[
+        str | None,
+        typer.Option(metavar="RUN|FOLDER", help="Go on from this run's adapter, or a LoRA's [default: the model]."),
+    ] = None,
     prompts: Annotated[Path | None, typer.Option(help="Training prompts: .txt, .jsonl or .yaml.")] = None,
     eval_prompts: Annotated[Path | None, typer.Option(help="Held-out prompts, in the same formats.")] = None,
     config: Annotated[Path | None, typer.Option(help="A run file (YAML) with any settings.")] = None,
@@ -53,16 +57,18 @@ def grpo(
 
         rlhf-img grpo --model krea/Krea-2-Raw --prompts prompts.txt --rewards my_rewards.py:neon grpo.lr=3e-4
 
+        rlhf-img grpo --start runs/dpo --rewards rubric,artifact
+
         rlhf-img grpo --out runs/first --resume
     """
     if show_settings:
         _print_settings("grpo")
         return
     options = {
-        "rewards": rewards, "model": model, "prompts": _text(prompts), "eval_prompts": _text(eval_prompts),
-        "seed": seed,
+        "rewards": rewards, "model": model, "start": start, "prompts": _text(prompts),
+        "eval_prompts": _text(eval_prompts), "seed": seed,
     }  # fmt: skip
-    given = _given(config, options, settings)
+    given = _started(_given(config, options, settings))
     if not started() and (out is not None or not resume):
         launch(_processes(given, out if resume else None, processes))
     _run("grpo", given, out, resume, as_json)
@@ -84,6 +90,10 @@ def dpo(
     model: Annotated[
         str | None, typer.Option(help='"playground" (ships with the package), a diffusers folder, or a hub id.')
     ] = None,
+    start: Annotated[
+        str | None,
+        typer.Option(metavar="RUN|FOLDER", help="Go on from this run's adapter, or a LoRA's [default: the model]."),
+    ] = None,
     eval_prompts: Annotated[
         Path | None, typer.Option(help="Held-out prompts [default: the playground's, or those of held-out pairs].")
     ] = None,
@@ -104,6 +114,8 @@ def dpo(
 
         rlhf-img dpo --pairs pairs dpo.loss=dpo steps=200
 
+        rlhf-img dpo --pairs human --start runs/first
+
         rlhf-img dpo --model krea/Krea-2-Raw --pairs pickapic.parquet
         --columns prompt=caption,image_0=jpg_0,image_1=jpg_1,prefers_0=label_0
     """
@@ -111,10 +123,10 @@ def dpo(
         _print_settings("dpo")
         return
     options = {
-        "pairs": _text(pairs), "columns": columns, "rewards": rewards, "model": model,
+        "pairs": _text(pairs), "columns": columns, "rewards": rewards, "model": model, "start": start,
         "eval_prompts": _text(eval_prompts), "seed": seed,
     }  # fmt: skip
-    _run("dpo", _given(config, options, settings), out, resume, as_json)
+    _run("dpo", _started(_given(config, options, settings)), out, resume, as_json)
 
 
 def tdm(
@@ -165,9 +177,10 @@ def tdm(
     if not resume:
         if teacher is None and "teacher" not in given:
             raise RlhfImgError("what is to be distilled? Give --teacher RUN, a LoRA's folder, or none (the bare model)")
-        from rlhf_img.training.tdm import teacher_settings
+        from rlhf_img.training.adapters import settings_of
+        from rlhf_img.training.tdm import INHERITED
 
-        given = merge(teacher_settings(given.get("teacher")), given)
+        given = merge(settings_of(given.get("teacher"), INHERITED), given)
     _run("tdm", given, out, resume, as_json)
 
 
@@ -219,6 +232,13 @@ def _given(config: Path | None, options: dict[str, Any], settings: list[str] | N
     """What the user said: key=value over options over the run file."""
     given = merge(load_yaml(config) if config else {}, {k: v for k, v in options.items() if v is not None})
     return merge(given, parse_overrides(settings or []))
+
+
+def _started(given: dict[str, Any]) -> dict[str, Any]:
+    """The settings with the model of the run that this one goes on from, if nothing else is said."""
+    from rlhf_img.training.adapters import settings_of
+
+    return merge(settings_of(given.get("start"), ("model",)), given)
 
 
 def _processes(given: dict[str, Any], resumed: Path | None, wanted: int | None) -> int:

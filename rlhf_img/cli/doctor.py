@@ -19,7 +19,8 @@ from rlhf_img.errors import RlhfImgError
 if TYPE_CHECKING:
     from rlhf_img.judges import Ask, Judge
 
-EXTRAS = {"ocr": ("rapidocr", "onnxruntime"), "judge": ("httpx", "tenacity")}
+EXTRAS = {"ocr": ("rapidocr", "onnxruntime"), "judge": ("httpx", "tenacity"), "annotate": ("starlette", "uvicorn"),
+          "postgres": ("psycopg",), "vlm": ("datasets", "trl")}
 REPEATED, REPEATS = 8, 5
 """How many questions are asked how often to see the judge's noise."""
 VOTES = 8

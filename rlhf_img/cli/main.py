@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from rlhf_img import __version__
-from rlhf_img.cli import align, doctor, evaluation, export, look, pairs, playground, report, reward, rubric
+from rlhf_img.cli import align, annotate, doctor, evaluation, export, look, pairs, playground, report, reward, rubric
 from rlhf_img.errors import RlhfImgError
 
 app = typer.Typer(
@@ -34,6 +34,7 @@ app.command("sft")(align.sft)
 app.command("export")(export.export)
 app.command("sample")(look.sample)
 app.command("report")(report.report)
+app.command("annotate")(annotate.annotate)
 app.command("doctor")(doctor.doctor)
 app.add_typer(evaluation.app, name="eval")
 app.add_typer(pairs.app, name="pairs")

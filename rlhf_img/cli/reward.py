@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rlhf_img.cli import probe, train_reward, train_sae
+from rlhf_img.cli import aesthetic, probe, train_reward, train_sae
 from rlhf_img.errors import RlhfImgError
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ app = typer.Typer(
 train_reward.app.command("sae")(train_sae.train_sae)
 app.add_typer(train_reward.app, name="train")
 app.command("probe")(probe.probe)
+train.command("aesthetic")(aesthetic.train)
 
 
 @app.command("list")
@@ -44,9 +45,9 @@ def list_rewards(
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("name", "role", "range", "source", "what it scores")
+    table = Table("name", "role", "range", "source", "what it scores", "weights it needs")
     for row in rows:
-        table.add_row(*(row[key] for key in ("name", "role", "range", "source", "about")))
+        table.add_row(*(row[key] for key in ("name", "role", "range", "source", "about", "needs")))
     Console().print(table)
 
 
@@ -85,10 +86,12 @@ def _row(name: str, source: str) -> dict[str, str]:
     try:
         (reward,) = load_rewards([{"reward": name}])
     except RlhfImgError as error:
-        return {"name": name, "role": "-", "range": "-", "source": source, "about": f"does not load: {error}"}
+        return {"name": name, "role": "-", "range": "-", "source": source, "needs": "-",
+                "about": f"does not load: {error}"}
     low, high = reward.range
     about = (_doc(reward.fn) or "").strip().partition("\n")[0]
-    return {"name": name, "role": reward.role, "range": f"{low:g} to {high:g}", "source": source, "about": about}
+    return {"name": name, "role": reward.role, "range": f"{low:g} to {high:g}", "source": source, "about": about,
+            "needs": reward.needs}
 
 
 def _doc(fn: Callable[..., Any]) -> str | None:

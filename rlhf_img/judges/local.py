@@ -59,16 +59,14 @@ class LocalJudge:
     def load(cls, config: JudgeConfig) -> "LocalJudge":
         """From a folder, the hub or the package, on a GPU if there is one. RlhfImgError if it is no such model."""
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        name = _playground_folder() if config.model == PLAYGROUND else config.model
         try:
-            model = AutoModelForImageTextToText.from_pretrained(name, dtype="auto").to(device)
-            processor = _load_processor(name)
+            model, processor = open_model(config.model)
         except (OSError, ValueError) as error:
             raise RlhfImgError(
                 f"the judge {config.model} cannot be loaded: {error}. Give a folder or the name of a model that looks "
                 "at images, or the `url` of a server that has it"
             ) from error
-        return cls(model, processor, config)
+        return cls(model.to(device), processor, config)
 
     @property
     def id(self) -> str:
@@ -136,7 +134,16 @@ class QwenProcessor:
         return BatchFeature({**inputs, **seen, "mm_token_type_ids": kinds})
 
 
-def _load_processor(name: str) -> Any:
+def open_model(name: str) -> tuple[Any, Any]:
+    """A vision-language model on the CPU and its processor, from a folder, the hub or, "playground", the package.
+
+    Raises OSError or ValueError if there is no such model.
+    """
+    name = _playground_folder() if name == PLAYGROUND else name
+    return AutoModelForImageTextToText.from_pretrained(name, dtype="auto"), _processor(name)
+
+
+def _processor(name: str) -> Any:
     if AutoConfig.from_pretrained(name).model_type.startswith("qwen"):
         images = AutoImageProcessor.from_pretrained(name, backend="pil")
         return QwenProcessor(images, AutoTokenizer.from_pretrained(name))

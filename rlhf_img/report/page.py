@@ -44,6 +44,8 @@ _EXPLAINED = {
     "heldout/winner_rise": "held-out winners' error against the reference's; above 0 they have become less likely",
     "heldout/loser_rise": "held-out losers' error against the reference's",
     "heldout/drift": "mean squared distance of velocities from the reference's, on held-out pairs",
+    "heldout/detail_ratio": "energy in the finest detail of images, over the reference's; away from 1 it leaves its "
+    "distribution",
     "beta_mean": "strength of the preference, on errors averaged over dimensions",
     "beta_sum": "strength of the preference, on summed errors",
     "loss/low": "SFT: error at noise levels below 1/3",

@@ -17,10 +17,16 @@ from rlhf_img.errors import RlhfImgError, did_you_mean
 from rlhf_img.rewards.protocol import Reward
 
 BUILTIN: dict[str, str] = {
+    "aesthetic": "rlhf_img.rewards.aesthetic:aesthetic",
     "artifact": "rlhf_img.rewards.artifact:artifact",
+    "clipscore": "rlhf_img.rewards.clip_scores:clipscore",
+    "hpsv3": "rlhf_img.rewards.hpsv3:hpsv3",
+    "imagereward": "rlhf_img.rewards.image_reward:imagereward",
+    "pickscore": "rlhf_img.rewards.clip_scores:pickscore",
     "residual": "rlhf_img.rewards.residual:residual",
     "rubric": "rlhf_img.rewards.rubric:rubric",
     "variant": "rlhf_img.rewards.variant:variant",
+    "vqascore": "rlhf_img.rewards.vqascore:vqascore",
 }
 """The rewards of this package and where they are; imported only when asked for."""
 
@@ -161,7 +167,8 @@ def _callable(found: Any, name: str) -> Any:
 
 def _declared(fn: Any) -> dict[str, Any]:
     """What the function says of itself in its optional attributes. Its `__name__` is not asked."""
-    offered = {key: getattr(fn, key, None) for key in ("name", "range", "role", "group", "floor", "below", "cap")}
+    keys = ("name", "range", "role", "group", "floor", "below", "cap", "needs")
+    offered = {key: getattr(fn, key, None) for key in keys}
     declared = {key: value for key, value in offered.items() if value is not None}
     return declared
 

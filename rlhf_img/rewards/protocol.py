@@ -102,7 +102,7 @@ class Reward:
     group: True if it wants the images of one prompt at once, and no others. weight: of an objective. floor: the
     standard deviation, in the reward's own units, below which differences are taken for noise. below, cap: of a gate;
     where its value is below `below`, every objective is at most at the fraction `cap` of its range.
-    source: where it comes from.
+    source: where it comes from. needs: what weights it loads.
     """
 
     name: str
@@ -115,6 +115,7 @@ class Reward:
     below: float = 0.5
     cap: float = 0.2
     source: str = "python"
+    needs: str = "none to fetch"
 
     def __post_init__(self) -> None:
         low, high = self.range

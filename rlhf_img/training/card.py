@@ -15,7 +15,8 @@ from rlhf_img.model.loading import Model
 from rlhf_img.model.lora import role
 from rlhf_img.model.sampling import sample
 from rlhf_img.rewards import Images
-from rlhf_img.training.evaluate import EVAL_SEED, EvalConfig, Evaluation, compare, interval, ratio_interval, summarise
+from rlhf_img.training.evaluate import EVAL_SEED, EvalConfig, Evaluation, compare, summarise
+from rlhf_img.training.intervals import interval, ratio_interval
 from rlhf_img.training.likeness import Features, colours, energy_distance
 from rlhf_img.training.loop import Job, measured
 from rlhf_img.training.pairs import encode_image

@@ -11,6 +11,7 @@ from rlhf_img.model.conditioning import Conditioner
 from rlhf_img.model.loading import Model
 from rlhf_img.rewards import Reward
 from rlhf_img.training import distributed
+from rlhf_img.training.intervals import as_array, interval, ratio_interval
 from rlhf_img.training.prompts import Prompt
 from rlhf_img.training.samples import Drawn, Progress, draw, draw_images, merge
 from rlhf_img.training.sentinels import diversity, high_frequency_energy
@@ -112,7 +113,7 @@ def summarise(name: str, evaluation: Evaluation) -> dict[str, Any]:
         "pass_requirement": interval(evaluation.pass_requirement),
         "by_check": {check: interval(passed) for check, passed in sorted(evaluation.by_check.items())},
         "rewards": {reward: interval(values) for reward, values in evaluation.rewards.items()},
-        "unscored": {reward: int(np.isnan(_array(values)).sum()) for reward, values in evaluation.rewards.items()},
+        "unscored": {reward: int(np.isnan(as_array(values)).sum()) for reward, values in evaluation.rewards.items()},
         "diversity": interval(evaluation.diversity),
         "high_freq": interval(evaluation.high_freq),
     }
@@ -121,12 +122,12 @@ def summarise(name: str, evaluation: Evaluation) -> dict[str, Any]:
 def compare(before: Evaluation, after: Evaluation) -> dict[str, Any]:
     """eval.json's `difference`: after minus before, paired by prompt; for diversity and fine detail, their ratio."""
     return {
-        "pass_all": interval(_array(after.pass_all) - _array(before.pass_all)),
-        "pass_requirement": interval(_array(after.pass_requirement) - _array(before.pass_requirement)),
+        "pass_all": interval(as_array(after.pass_all) - as_array(before.pass_all)),
+        "pass_requirement": interval(as_array(after.pass_requirement) - as_array(before.pass_requirement)),
         "rewards": {
-            name: interval(_array(values) - _array(before.rewards[name])) for name, values in after.rewards.items()
+            name: interval(as_array(values) - as_array(before.rewards[name])) for name, values in after.rewards.items()
         },
-        "diversity_ratio": ratio_interval(_array(after.diversity), _array(before.diversity)),
+        "diversity_ratio": ratio_interval(as_array(after.diversity), as_array(before.diversity)),
         **_high_freq_ratio(before, after),
     }
 
@@ -134,32 +135,4 @@ def compare(before: Evaluation, after: Evaluation) -> dict[str, Any]:
 def _high_freq_ratio(before: Evaluation, after: Evaluation) -> dict[str, Any]:
     if len(before.high_freq) != len(after.high_freq):
         return {}
-    return {"high_freq_ratio": ratio_interval(_array(after.high_freq), _array(before.high_freq))}
-
-
-def interval(values: Sequence[float] | np.ndarray, resamples: int = 2000) -> dict[str, float | int | None]:
-    """Mean and 95 % percentile-bootstrap interval over the entries that are known."""
-    known = _array(values)
-    known = known[~np.isnan(known)]
-    if not known.size:
-        return {"mean": None, "low": None, "high": None, "n": 0}
-    means = known[_resample(known.size, resamples)].mean(1)
-    low, high = np.percentile(means, [2.5, 97.5])
-    return {"mean": float(known.mean()), "low": float(low), "high": float(high), "n": int(known.size)}
-
-
-def ratio_interval(top: np.ndarray, bottom: np.ndarray, resamples: int = 2000) -> dict[str, float | int | None]:
-    """mean(top) / mean(bottom) of paired entries, with its 95 % percentile-bootstrap interval."""
-    if not top.size or bottom.mean() == 0:
-        return {"mean": None, "low": None, "high": None, "n": int(top.size)}
-    rows = _resample(top.size, resamples)
-    low, high = np.percentile(top[rows].mean(1) / bottom[rows].mean(1), [2.5, 97.5])
-    return {"mean": float(top.mean() / bottom.mean()), "low": float(low), "high": float(high), "n": int(top.size)}
-
-
-def _resample(size: int, resamples: int) -> np.ndarray:
-    return np.random.default_rng(0).integers(size, size=(resamples, size))
-
-
-def _array(values: Sequence[float] | np.ndarray) -> np.ndarray:
-    return np.asarray(values, dtype=float)  # JSON's null becomes NaN
+    return {"high_freq_ratio": ratio_interval(as_array(after.high_freq), as_array(before.high_freq))}

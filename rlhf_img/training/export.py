@@ -80,7 +80,7 @@ def open_trained(
     if not (path / "config.yaml").is_file():
         return load(name, device=device, dtype=dtype)
     saved = load_yaml(path / "config.yaml")
-    model = load(str(settings_of(saved)["model"]), device=device, dtype=dtype)
+    model = load(str(_settings(saved)["model"]), device=device, dtype=dtype)
     if (path / LORA).is_dir():
         load_lora(model, path / LORA, POLICY)
         if merged:
@@ -92,7 +92,7 @@ def open_trained(
     return dataclasses.replace(model, is_distilled=model.is_distilled or saved["algorithm"] == "tdm")
 
 
-def settings_of(saved: Mapping[str, Any]) -> Mapping[str, Any]:
+def _settings(saved: Mapping[str, Any]) -> Mapping[str, Any]:
     """The settings in a run's config.yaml. Raises RlhfImgError if it is another file."""
     settings = saved.get("config")
     if not isinstance(settings, Mapping) or "model" not in settings or "algorithm" not in saved:

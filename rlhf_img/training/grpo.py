@@ -14,13 +14,14 @@ from rlhf_img.errors import RlhfImgError, RunStopped
 from rlhf_img.judges import COUNTS, accounted
 from rlhf_img.model.conditioning import Conditioner
 from rlhf_img.model.loading import Model
-from rlhf_img.model.policy import Policy, make_policy
+from rlhf_img.model.policy import Policy
 from rlhf_img.model.vae import decode
 from rlhf_img.rewards import Images, Reward, advantages, load_rewards, score
 from rlhf_img.rewards.rubric import rubric_of
 from rlhf_img.rubrics.scoring import RubricResult
 from rlhf_img.training import distributed
 from rlhf_img.training import prompts as prompt_room
+from rlhf_img.training.adapters import begin_policy
 from rlhf_img.training.config import RunConfig
 from rlhf_img.training.loop import Clock, Job, open_model, train_and_heldout, watched_rewards
 from rlhf_img.training.preflight import check_ratios
@@ -36,6 +37,9 @@ _JOINT |= dict.fromkeys(COUNTS, sum)
 class Config(RunConfig):
     """A GRPO run. Every field can be set in a run file or as `key=value`, nested ones with dots: `grpo.lr=1e-4`."""
 
+    start: str | None = None
+    """The run, or the folder of a LoRA, whose adapter the policy goes on from, and which is its reference; None: the
+    model itself. The adapter's size is kept, whatever `lora` says."""
     combine: str = "gdpo"
     """How rewards become one advantage: "gdpo" normalises each by its group first, "sum" adds them as they are."""
     max_unscored: float = 0.5
@@ -82,7 +86,7 @@ def prepare(config: Config) -> tuple[Parts, Job]:
     watched = watched_rewards(rewards, config)
     prompts, heldout = train_and_heldout(config)
     model = open_model(config)
-    policy = make_policy(model.transformer, None if config.full else config.lora, config.seed)
+    policy = begin_policy(model, config.lora, config.seed, start=config.start, full=config.full)
     optimizer = torch.optim.AdamW(
         list(policy.parameters.values()), lr=config.grpo.lr, weight_decay=config.grpo.weight_decay
     )

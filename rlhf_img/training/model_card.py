@@ -16,7 +16,8 @@ from rlhf_img.playground.data import example
 from rlhf_img.playground.pretrain import PretrainConfig
 from rlhf_img.rewards import Images, load_rewards
 from rlhf_img.rubrics import decompose, score
-from rlhf_img.training.evaluate import EvalConfig, evaluate, interval, summarise
+from rlhf_img.training.evaluate import EvalConfig, evaluate, summarise
+from rlhf_img.training.intervals import interval
 from rlhf_img.training.prompts import from_playground
 
 _TEMPLATE = """# The embedded model

@@ -24,7 +24,8 @@ from rlhf_img.playground import variants
 from rlhf_img.rewards import Reward, load_rewards
 from rlhf_img.training import prompts as prompt_room
 from rlhf_img.training.card import grid
-from rlhf_img.training.evaluate import EVAL_SEED, compare, interval, measure, ratio_interval, summarise
+from rlhf_img.training.evaluate import EVAL_SEED, compare, measure, summarise
+from rlhf_img.training.intervals import interval, ratio_interval
 from rlhf_img.training.likeness import ARTIFACT, Features, alike, open_features
 from rlhf_img.training.prompts import Prompt
 from rlhf_img.training.rundir import RunDir

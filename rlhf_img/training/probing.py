@@ -19,7 +19,7 @@ from rlhf_img.playground.scene import Scene, break_scene, sample_scene
 from rlhf_img.rewards import Images, Reward, apply_gates, score
 from rlhf_img.rewards.defects import CLASSES, inject, object_masks
 from rlhf_img.rewards.probes import NOISE, PROBES, Image, adversarial_noise
-from rlhf_img.training.evaluate import interval
+from rlhf_img.training.intervals import interval
 
 Values = npt.NDArray[np.float64]
 Outcome = Literal["gains", "holds", "cannot tell"]

@@ -1,26 +1,22 @@
 """A run of TDM: its settings, its teacher, its parts, and one iteration."""
 
 import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from rlhf_img.algorithms import tdm
 from rlhf_img.algorithms.tdm import TDMConfig
-from rlhf_img.config import load_yaml
 from rlhf_img.errors import RlhfImgError, RunStopped
 from rlhf_img.model.conditioning import Conditioner
-from rlhf_img.model.export import has_alpha, load_lora
 from rlhf_img.model.loading import Model
-from rlhf_img.model.lora import fuses_text, role_parameters
 from rlhf_img.model.policy import POLICY, Policy, make_full, make_role
 from rlhf_img.rewards import load_rewards
 from rlhf_img.training import distributed
 from rlhf_img.training import prompts as prompt_room
+from rlhf_img.training.adapters import load_frozen
 from rlhf_img.training.card import controls, report_card
 from rlhf_img.training.config import RunConfig
 from rlhf_img.training.evaluate import EvalConfig
@@ -31,7 +27,8 @@ from rlhf_img.training.prompts import Prompt
 
 TEACHER, CRITIC = "teacher", "critic"
 """Roles beside the student, which is the policy: what is measured and exported."""
-_INHERITED = ("model", "prompts", "eval_prompts", "rewards")
+INHERITED = ("model", "prompts", "eval_prompts", "rewards")
+"""What a distillation takes over from the run of its teacher."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,15 +89,6 @@ class Parts:
     prompts: list[Prompt]
 
 
-def teacher_settings(teacher: str | None) -> dict[str, Any]:
-    """What a distillation takes over from the run of its teacher: model, prompts and rewards; {} if it is no run."""
-    file = Path(teacher or "") / "config.yaml"
-    if teacher is None or not file.is_file():
-        return {}
-    settings: Mapping[str, Any] = load_yaml(file).get("config") or {}
-    return {key: settings[key] for key in _INHERITED if settings.get(key) is not None}
-
-
 def prepare(config: Config) -> tuple[Parts, Job]:
     """Loads and builds the parts of a run. Raises RlhfImgError for whatever the user can mend, before any work."""
     distributed.require_one("TDM")
@@ -114,7 +102,7 @@ def prepare(config: Config) -> tuple[Parts, Job]:
             "krea/Krea-2-Raw, or set tdm.guidance=0"
         )
     if config.teacher is not None:
-        load_teacher(model, Path(config.teacher))
+        load_frozen(model, Path(config.teacher), TEACHER)
     start = None if config.teacher is None else TEACHER
     student, critic = (
         make_full(model.transformer, name, start=start) if config.full
@@ -166,30 +154,6 @@ def _features(config: Config, model: Model) -> Features | None:
     if config.features is None and not 32 <= model.default_size <= 128:
         return None
     return open_features(config.features or ARTIFACT)
-
-
-def load_teacher(model: Model, path: Path) -> None:
-    """Adds the adapter of the run or LoRA folder `path` as the frozen role "teacher".
-
-    Raises RlhfImgError if there is none, if it does not fit the model, or if its scale is not known.
-    """
-    is_run = (path / "config.yaml").is_file()
-    folder = path / "lora" if is_run else path
-    if is_run and not folder.is_dir():
-        raise RlhfImgError(f"the teacher's run {path} has no LoRA: finish it with --resume (a `full` run has none)")
-    load_lora(model, folder, TEACHER)
-    if not has_alpha(folder):
-        raise RlhfImgError(
-            f"the LoRA in {folder} does not say its alpha, so how strong the teacher is meant to be is not known; "
-            "save it again with diffusers' save_lora_weights and its adapter metadata, or give a run's folder"
-        )
-    if fuses_text(model.transformer, TEACHER):
-        raise RlhfImgError(
-            f"the LoRA in {folder} changes how text is fused, and the fused prompts serve teacher, student and critic "
-            "alike: merge it into the model first (rlhf-img export), and distil that with --teacher none"
-        )
-    for parameter in role_parameters(model.transformer, TEACHER).values():
-        parameter.requires_grad_(False)
 
 
 def iteration(parts: Parts, step: int) -> dict[str, float]:
