@@ -25,7 +25,7 @@ app = typer.Typer(
 train_reward.app.command("sae")(train_sae.train_sae)
 app.add_typer(train_reward.app, name="train")
 app.command("probe")(probe.probe)
-train.command("aesthetic")(aesthetic.train)
+train_reward.app.command("aesthetic")(aesthetic.train)
 
 
 @app.command("list")

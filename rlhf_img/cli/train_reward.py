@@ -136,8 +136,9 @@ def _read(file: Path, side: int, config: "ArtifactTraining") -> "Labelled":
 
 
 def _draw(
-    policy: str, count: int, prompts: Path | None, out: Path, seed: int, judge: tuple[str | None, ...]
-) -> Path:
+    policy: str, count: int, prompts: Path | None, out: Path, seed: int,
+    judge: tuple[str | None, str | None, str | None],
+) -> Path:  # fmt: skip
     from rich.progress import Progress
 
     from rlhf_img.training.on_policy import OnPolicy, draw_labelled
