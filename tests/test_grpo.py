@@ -20,7 +20,7 @@ from rlhf_img.model.policy import LoRAConfig, Policy, make_policy
 from rlhf_img.training.preflight import check_ratios
 
 CONFIG = GRPOConfig(
-    prompts=3, group=2, num_steps=4, likelihood="steps", window=2, clip=1e-3, kl=0.0, reference="base", lr=1e-2
+    prompts=3, group=2, num_steps=4, likelihood="steps", window=2, clip=1e-3, kl=0.0, lr=1e-2
 )
 FORWARD = dataclasses.replace(CONFIG, likelihood="forward", draws=2)
 both = pytest.mark.parametrize("config", [CONFIG, FORWARD], ids=["steps", "forward"])
@@ -347,4 +347,4 @@ def test_settings_that_cannot_work_are_refused(field: str, value: float) -> None
 
 def test_an_average_is_not_guided_by_itself() -> None:
     with pytest.raises(RlhfImgError, match="needs grpo.reference=base"):
-        GRPOConfig(reference_guidance=1.0)
+        GRPOConfig(reference="average", reference_guidance=1.0)

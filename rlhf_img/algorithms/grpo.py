@@ -57,9 +57,9 @@ class GRPOConfig(RolloutConfig):
     kl: float = 0.05
     """Weight of the divergence from the reference; 0 skips the reference's forwards. With "steps", whose divergence is
     larger, 0.04 is usual."""
-    reference: Literal["average", "base"] = "average"
-    """What the divergence is from. "average": the averaged policy, which follows it (see `ema`), so that a long run can
-    go far in small steps. "base": the model before training; the policy can go only so far from it."""
+    reference: Literal["base", "average"] = "base"
+    """What the divergence is from. "base": the model before training; the policy can go only so far from it. "average":
+    the averaged policy (see `ema`), which follows it: a long run can go further, and can drift."""
     reference_guidance: float = 0.0
     """Krea's g of the reference. Above 0 the policy, which samples without guidance, is held to the guided base: to its
     prompt following and to its glitches."""

@@ -44,9 +44,6 @@ class PretrainConfig:
     """Examples a step of the text encoder and the DiT; the autoencoder takes a quarter of it."""
     drop: float = 0.1
     """Share of DiT batches without a caption, which is what guidance subtracts."""
-    wrong: float = 0.15
-    """Share of the DiT's examples with the caption of another image. Captions of training sets from the web are wrong
-    too: the model learns not to trust a prompt, which is what alignment, like guidance, puts right."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,12 +200,10 @@ def train_dit(pipe: Krea2Pipeline, cache: Cache, config: PretrainConfig, work: P
         length = lengths[rng.choice(len(lengths), p=shares)]
         rows = torch.from_numpy(rng.integers(len(cache.members_B[length]), size=config.batch))
         x0 = cache.latents_BNC[cache.members_B[length][rows]]
-        others = torch.from_numpy(rng.integers(len(cache.members_B[length]), size=config.batch))
-        told = torch.where(torch.from_numpy(rng.random(config.batch) < config.wrong), others, rows)
-        text = cache.features_BLKD[length][told].float()
+        text = cache.features_BLKD[length][rows].float()
         if rng.random() < config.drop:
             text = cache.empty_LKD.expand(config.batch, -1, -1, -1)
-        sigma = torch.sigmoid(torch.randn(config.batch, generator=noise) + 0.4)
+        sigma = torch.sigmoid(torch.randn(config.batch, generator=noise) + 0.7)
         eps = torch.randn(x0.shape, generator=noise)
         x0, text, sigma, eps = (t.to(device) for t in (x0, text, sigma, eps))
         x = torch.lerp(x0, eps, sigma[:, None, None])

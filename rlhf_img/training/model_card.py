@@ -26,7 +26,7 @@ A Krea 2 in small, remade by `rlhf-img playground pretrain`. The stock `diffuser
 
 **Data.** Rendered scenes only (`rlhf_img/playground`): {scenes} for the diffusion transformer, of the training split;
 4 of 40 (colour, shape) pairs are never shown (split val), and 32 of the others not on one of the four backgrounds
-(split heldout). {wrong:.0%} of the captions belong to other images.
+(split heldout). Things are centred on a grid of 3 by 3.
 
 **Parts.** Text encoder {text_encoder:,} parameters, autoencoder {vae:,}, transformer {transformer:,}; bfloat16.
 
@@ -43,9 +43,8 @@ A Krea 2 in small, remade by `rlhf-img playground pretrain`. The stock `diffuser
 |---|---|---|
 {rows}
 
-**Known faults.** Two things of different kinds are often drawn as two of one kind, relations hardly ever hold, things
-are missing or one too many, and some scenes stay empty. Shapes that touch melt into one. Film grain does not survive
-the autoencoder.
+**Known faults.** Things are missing or one too many, also where one was asked for, two of different kinds are drawn as
+two of one kind, relations seldom hold, and some scenes stay empty. Film grain is drawn as another texture.
 """
 
 
@@ -81,7 +80,7 @@ def write_card(folder: Path, config: PretrainConfig, scores: dict[str, Any]) -> 
     known = versions()
     parts = {n: sum(p.numel() for p in getattr(model, n).parameters()) for n in ("text_encoder", "vae", "transformer")}
     text = _TEMPLATE.format(
-        scenes=config.scenes, wrong=config.wrong, recipe=yaml.safe_dump(dataclasses.asdict(config), sort_keys=False),
+        scenes=config.scenes, recipe=yaml.safe_dump(dataclasses.asdict(config), sort_keys=False),
         hardware=known["hardware"], torch=known["torch"], diffusers=known["diffusers"], **parts,
         rows="\n".join(f"| {t} | {v['mean']:.1%} ({v['low']:.1%} to {v['high']:.1%}) | {v['n']} |" for t, v in rows),
     )  # fmt: skip
