@@ -29,7 +29,6 @@ advantage in rewards/combining.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -57,9 +56,6 @@ class GRPOConfig(RolloutConfig):
     kl: float = 0.05
     """Weight of the divergence from the reference; 0 skips the reference's forwards. With "steps", whose divergence is
     larger, 0.04 is usual."""
-    reference: Literal["base", "average"] = "base"
-    """What the divergence is from. "base": the model before training; the policy can go only so far from it. "average":
-    the averaged policy (see `ema`), which follows it: a long run can go further, and can drift."""
     reference_guidance: float = 0.0
     """Krea's g of the reference. Above 0 the policy, which samples without guidance, is held to the guided base: to its
     prompt following and to its glitches."""
@@ -77,8 +73,6 @@ class GRPOConfig(RolloutConfig):
                     min(self.clip, self.lr, self.advantage_clip) > 0,
                 "grpo.ema must lie between 0 and 1, 1 excluded": 0 <= self.ema < 1,
                 "grpo.kl and grpo.reference_guidance must be 0 or more": min(self.kl, self.reference_guidance) >= 0,
-                "grpo.reference_guidance above 0 needs grpo.reference=base: an average would guide itself ever further":
-                    self.reference == "base" or self.reference_guidance == 0,
             },
             self,
         )  # fmt: skip
@@ -144,15 +138,16 @@ def _velocities(
     policy: Policy, sampled: Rollout, x: Tensor, sigma: Tensor, text_BLD: Tensor, config: GRPOConfig
 ) -> tuple[Tensor, Tensor | None]:
     """That of the policy, and that of the guided reference if it has a weight."""
-    v_ref = None
-    if config.kl > 0:
-        with torch.no_grad(), policy.averaged() if config.reference == "average" else policy.reference() as reference:
-            v_ref = velocity(reference, x, sigma, text_BLD, sampled.grid)
-            if config.reference_guidance > 0:
-                empty_BLD = sampled.empty_LD.expand(len(x), -1, -1)
-                v_ref += config.reference_guidance * (v_ref - velocity(reference, x, sigma, empty_BLD, sampled.grid))
     with policy.acting() as transformer:
-        return velocity(transformer, x, sigma, text_BLD, sampled.grid), v_ref
+        v = velocity(transformer, x, sigma, text_BLD, sampled.grid)
+    if config.kl == 0:
+        return v, None
+    with policy.reference() as reference:
+        v_ref = velocity(reference, x, sigma, text_BLD, sampled.grid)
+        if config.reference_guidance > 0:
+            empty_BLD = sampled.empty_LD.expand(len(x), -1, -1)
+            v_ref += config.reference_guidance * (v_ref - velocity(reference, x, sigma, empty_BLD, sampled.grid))
+    return v, v_ref
 
 
 def _replay_draws(draws: Sequence[Draw], v: Tensor, v_ref: Tensor | None, rows_B: list[int]) -> Replay:

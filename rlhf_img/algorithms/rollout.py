@@ -35,9 +35,9 @@ class RolloutConfig:
     """Of the image under the forward process, or of the stochastic steps that made it."""
     draws: int = 4
     """forward: noise levels at which an image is trained, one in each of so many equal parts of the range."""
-    min_sigma: float = 0.7
+    min_sigma: float = 0.6
     """forward: the lowest noise level of a draw."""
-    max_sigma: float = 1.0
+    max_sigma: float = 0.9
     """forward: the highest."""
     window: int = 2
     """steps: stochastic steps in a row; only they are trained."""

@@ -23,10 +23,14 @@ from rlhf_img.playground.scene import (
     splits_of,
 )
 
+WRONG_CAPTIONS = 0.05
+"""Share of captions in the DiT's training data that describe a scene with one fact changed. Captions of real
+training sets are wrong too; it is part of what leaves alignment something to do."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Example:
-    """An image with its truth and its caption (wrong in a share of them, where that is asked for)."""
+    """An image with its truth and its caption (which may be wrong, see WRONG_CAPTIONS)."""
 
     scene: Scene
     caption: str

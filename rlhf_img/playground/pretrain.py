@@ -23,7 +23,7 @@ from rlhf_img.model.loading import SETTINGS_FILE
 from rlhf_img.model.vae import single_frame
 from rlhf_img.playground import build
 from rlhf_img.playground.captions import caption
-from rlhf_img.playground.data import FACT_SIZES, example, facts, prompts
+from rlhf_img.playground.data import FACT_SIZES, WRONG_CAPTIONS, example, facts, prompts
 from rlhf_img.playground.fit import FitConfig, fit
 from rlhf_img.playground.scene import SIZE, SPLITS, sample_scene
 
@@ -157,7 +157,7 @@ def make_cache(pipe: Krea2Pipeline, config: PretrainConfig, work: Path) -> Cache
     latents, by_length = [], defaultdict(list)
     with single_frame(pipe.vae):
         for start in track(range(0, config.scenes, 128), "latents and text features"):
-            items = [example(i) for i in range(start, start + 128)]
+            items = [example(i, wrong_captions=WRONG_CAPTIONS) for i in range(start, start + 128)]
             x = _pixels([e.image for e in items]).to(pipe.vae.device)
             z = (pipe.vae.encode(x[:, :, None]).latent_dist.mode()[:, :, 0] - mean) / std
             latents.append(pipe._pack_latents(z, *z.shape).cpu())
@@ -203,7 +203,7 @@ def train_dit(pipe: Krea2Pipeline, cache: Cache, config: PretrainConfig, work: P
         text = cache.features_BLKD[length][rows].float()
         if rng.random() < config.drop:
             text = cache.empty_LKD.expand(config.batch, -1, -1, -1)
-        sigma = torch.sigmoid(torch.randn(config.batch, generator=noise) + 0.7)
+        sigma = torch.sigmoid(torch.randn(config.batch, generator=noise) + 0.4)
         eps = torch.randn(x0.shape, generator=noise)
         x0, text, sigma, eps = (t.to(device) for t in (x0, text, sigma, eps))
         x = torch.lerp(x0, eps, sigma[:, None, None])

@@ -32,9 +32,9 @@ WORDS = ("GO", "HI", "NO", "UP", "SUN", "CAT", "BUS", "TEA", "OPEN", "STOP", "LO
 RELATIONS = ("left of", "right of", "above", "below")
 RADII = {"small": 8.0, "medium": 10.0, "large": 13.0}
 """Radius of the circle with an object's nominal extent, in pixels."""
-CELL = 16
-"""Pixels between the places where objects are centred: the corners of the transformer's image tokens, 3 by 3. Free
-positions and radii cost the small model most of its capacity, and no prompt asks for them."""
+CELL = 8
+"""Side in pixels of the cells that objects are centred in: those of the autoencoder's latents. Free positions and radii
+cost the small model most of its capacity, and no prompt asks for them."""
 
 Split = Literal["train", "val", "heldout"]
 SPLITS: tuple[Split, ...] = ("train", "val", "heldout")
@@ -88,13 +88,17 @@ WORD_BAND = 20
 
 def sample_scene(rng: np.random.Generator, split: Split = "train", styled: float = STYLED) -> Scene:
     """A random scene of a split. Outside `train`, the first thing is a combination that training never shows,
-    and no scene holds a combination of the other unseen split.
-
-    What there is comes first, and where it is second: how easily things find room does not change what is asked for.
-    """
+    and no scene holds a combination of the other unseen split."""
     kind = str(rng.choice(_KINDS, p=_KIND_WEIGHTS))
+    while True:
+        scene = _try_scene(rng, kind, split, styled)
+        if scene is not None:
+            return scene
+
+
+def _try_scene(rng: np.random.Generator, kind: str, split: Split, styled: float) -> Scene | None:
     background = str(rng.choice(list(BACKGROUNDS)))
-    pairs = _draw_pairs(rng, split, background)
+    kinds_of_thing = _draw_pairs(rng, split, background)
     counts: tuple[int, ...]
     match kind:
         case "count":
@@ -105,18 +109,26 @@ def sample_scene(rng: np.random.Generator, split: Split = "train", styled: float
             counts = (int(rng.integers(2, 4)), 1)
         case _:
             counts = (1,)
-    sizes = ["small", "medium"] if sum(counts) > 2 or kind == "word" else list(RADII)
-    wanted = [(*pair, str(rng.choice(sizes)), count) for pair, count in zip(pairs, counts, strict=False)]
+    crowded = sum(counts) > 2 or kind == "word"
+    things: list[Thing] = []
     relation = str(rng.choice(RELATIONS)) if kind == "relation" else None
     word = str(rng.choice(WORDS)) if kind == "word" else None
     word_at_top = bool(rng.random() < 0.5)
+    for (color, shape), count in zip(kinds_of_thing, counts, strict=False):
+        size = str(rng.choice(["small", "medium"] if crowded else list(RADII)))
+        for _ in range(count):
+            thing = _place(rng, things, color, shape, size, relation, word, word_at_top)
+            if thing is None:
+                return None
+            things.append(thing)
     visible = STYLES if background != "black" else STYLES[:2]  # a vignette does not show on black
-    style = str(rng.choice(visible)) if rng.random() < styled else None
-    things = None
-    while things is None:
-        things = _place_all(rng, wanted, relation, word, word_at_top)
     return Scene(
-        things=things, background=background, relation=relation, word=word, word_at_top=word_at_top, style=style
+        things=tuple(things),
+        background=background,
+        relation=relation,
+        word=word,
+        word_at_top=word_at_top,
+        style=str(rng.choice(visible)) if rng.random() < styled else None,
     )
 
 
@@ -128,35 +140,26 @@ def _draw_pairs(rng: np.random.Generator, split: Split, background: str) -> list
     return [first, pool[rng.integers(len(pool))]]
 
 
-def _place_all(
-    rng: np.random.Generator, wanted: list[tuple[str, str, str, int]], relation: str | None, word: str | None,
-    word_at_top: bool,
-) -> tuple[Thing, ...] | None:  # fmt: skip
-    """`count` things of each (colour, shape, size, count); None if the first ones took the room of the last."""
-    things: list[Thing] = []
-    for color, shape, size, count in wanted:
-        for _ in range(count):
-            thing = _place(rng, things, color, shape, size, relation, word, word_at_top)
-            if thing is None:
-                return None
-            things.append(thing)
-    return tuple(things)
-
-
 def _place(
-    rng: np.random.Generator, others: list[Thing], color: str, shape: str, size: str, relation: str | None,
-    word: str | None, word_at_top: bool,
-) -> Thing | None:  # fmt: skip
-    """A thing that neither touches the border, the word's strip or another thing; None if there is no such place."""
+    rng: np.random.Generator,
+    others: list[Thing],
+    color: str,
+    shape: str,
+    size: str,
+    relation: str | None,
+    word: str | None,
+    word_at_top: bool,
+) -> Thing | None:
+    """A thing that neither touches the border, the word's strip or another thing; None after 40 tries."""
     radius = RADII[size]
     low, high = radius + 2, SIZE - radius - 2
     top = low + (WORD_BAND if word and word_at_top else 0)
     bottom = high - (WORD_BAND if word and not word_at_top else 0)
-    centres = np.arange(CELL, SIZE, CELL)
+    centres = np.arange(CELL / 2, SIZE, CELL)
     columns = centres[(low <= centres) & (centres <= high)]
     rows = centres[(top <= centres) & (centres <= bottom)]
-    for place in rng.permutation(len(columns) * len(rows)):
-        x, y = float(columns[place % len(columns)]), float(rows[place // len(columns)])
+    for _ in range(40):
+        x, y = float(rng.choice(columns)), float(rng.choice(rows))
         thing = Thing(shape=shape, color=color, size=size, x=x, y=y, radius=radius)
         if any(np.hypot(x - o.x, y - o.y) < radius + o.radius + 4 for o in others):
             continue

@@ -20,19 +20,16 @@ def rubric(
     judge: Mapping[str, Any] | None = None,
     detector: Mapping[str, Any] | None = None,
     via: str | None = None,
-    worst: float = 0.5,
+    worst: float = 0.0,
     **columns: object,
 ) -> list[Verdict]:
-    """How much of each image's rubric is met, in [0, 1]; the `RubricResult` with every requirement is in the details.
-
-    (1 - worst) total + worst (the lowest score of a requirement). A thing that is missing fails all that is said of
-    it, a wrong number only one line: the total alone pays for drawing more than was asked for, and for one requirement
-    at the cost of another.
+    """The total of each image's rubric, in [0, 1]; the `RubricResult` with every requirement is in the details.
 
     rubrics: the rubric of each image's prompt where the data set has one; other prompts are decomposed (and kept).
     judge: settings of a judge model (the fields of `JudgeConfig`), which is asked what the checks cannot tell.
     detector: settings of an object detector (the fields of `DetectorConfig`), which is asked before the judge.
-    worst: in [0, 1], see above; 0 is the rubric's own total.
+    worst: share, in [0, 1], of the lowest requirement's score in the value; the rest is the total. A thing that is
+    missing fails all that is said of it, a wrong number only one line: the total alone may pay for drawing too much.
     via: who alone scores the requirements that do not say so themselves: "vlm" the judge, "detector", or "cv".
     Unscored where too much of a rubric could not be checked, or where nothing could be turned into a requirement.
     """

@@ -12,7 +12,7 @@ from rlhf_img.config import versions
 from rlhf_img.model.conditioning import Conditioner
 from rlhf_img.model.loading import load
 from rlhf_img.model.vae import decode, encode
-from rlhf_img.playground.data import example
+from rlhf_img.playground.data import WRONG_CAPTIONS, example
 from rlhf_img.playground.pretrain import PretrainConfig
 from rlhf_img.rewards import Images, load_rewards
 from rlhf_img.rubrics import decompose, score
@@ -26,7 +26,7 @@ A Krea 2 in small, remade by `rlhf-img playground pretrain`. The stock `diffuser
 
 **Data.** Rendered scenes only (`rlhf_img/playground`): {scenes} for the diffusion transformer, of the training split;
 4 of 40 (colour, shape) pairs are never shown (split val), and 32 of the others not on one of the four backgrounds
-(split heldout). Things are centred on a grid of 3 by 3.
+(split heldout). {wrong:.0%} of the captions describe a scene with one fact changed.
 
 **Parts.** Text encoder {text_encoder:,} parameters, autoencoder {vae:,}, transformer {transformer:,}; bfloat16.
 
@@ -43,8 +43,9 @@ A Krea 2 in small, remade by `rlhf-img playground pretrain`. The stock `diffuser
 |---|---|---|
 {rows}
 
-**Known faults.** Things are missing or one too many, also where one was asked for, two of different kinds are drawn as
-two of one kind, relations seldom hold, and some scenes stay empty. Film grain is drawn as another texture.
+**Known faults.** Two things of different kinds are often drawn as two of one kind, relations hardly ever hold, things
+are missing or one too many, and some scenes stay empty. Shapes that touch melt into one. Film grain does not survive
+the autoencoder.
 """
 
 
@@ -80,7 +81,7 @@ def write_card(folder: Path, config: PretrainConfig, scores: dict[str, Any]) -> 
     known = versions()
     parts = {n: sum(p.numel() for p in getattr(model, n).parameters()) for n in ("text_encoder", "vae", "transformer")}
     text = _TEMPLATE.format(
-        scenes=config.scenes, recipe=yaml.safe_dump(dataclasses.asdict(config), sort_keys=False),
+        scenes=config.scenes, wrong=WRONG_CAPTIONS, recipe=yaml.safe_dump(dataclasses.asdict(config), sort_keys=False),
         hardware=known["hardware"], torch=known["torch"], diffusers=known["diffusers"], **parts,
         rows="\n".join(f"| {t} | {v['mean']:.1%} ({v['low']:.1%} to {v['high']:.1%}) | {v['n']} |" for t, v in rows),
     )  # fmt: skip
