@@ -433,9 +433,9 @@ def test_a_resumed_run_compares_with_the_same_first_answers(monkeypatch, tmp_pat
         open_judge.cache_clear()
 
     config, file = JudgeConfig(url="fake:", model="resumed", canary_every=3), tmp_path / "canaries.safetensors"
+    started(iter([0.9, 0.1]))
     loading.save_canaries(file)
     assert not file.exists()
-    started(iter([0.9, 0.1]))
     open_judge(config).ask([ASK] * 2)
     loading.save_canaries(file)
     started(iter([0.5, 0.4, 0.1, 0.5]))  # one more question, then the three again: two from before, and this one
