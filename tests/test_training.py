@@ -220,7 +220,7 @@ def test_a_run_goes_on_with_unscored_values_while_a_judge_misbehaves(
         return faults[n // 5 % len(faults)](handler, body, n)
 
     with serving(reply) as server:
-        settings = {"max_failed": 0.9, "timeout_s": 1.0, "canary_every": 0}
+        settings = {"max_failed": 0.9, "timeout_s": 5.0, "canary_every": 0}
         assert run_with_server(files, tmp_path, monkeypatch, server, **settings) == 0
     rows = lines(tmp_path / "run")
     assert len(rows) == 2 and all(math.isfinite(row["loss"]) for row in rows)
