@@ -237,6 +237,10 @@ def test_lists_of_other_embeddings_and_missing_files_are_refused(tmp_path):
         open_list(file, load_detector().net)
     with pytest.raises(RlhfImgError, match="are of other embeddings .google/siglip2"):
         open_list(write_folder(tmp_path, net, sae, [], embedding="google/siglip2-base-patch16-256"), net)
+    for torn in ("", "{}", '{"embedding": '):
+        (tmp_path / "sae.json").write_text(torn)
+        with pytest.raises(RlhfImgError, match=r"cannot be read .*make it again with: rlhf-img reward train sae"):
+            open_list(file, net)
     (tmp_path / "sae.json").unlink()
     with pytest.raises(RlhfImgError, match=r"no file .*sae\.json; make it with: rlhf-img reward train sae"):
         open_list(file, net)

@@ -20,6 +20,7 @@ from typing import Literal
 import torch
 import yaml
 from jaxtyping import Float
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -122,20 +123,27 @@ def digest_of(file: Path) -> str:
 
 
 def open_sae(folder: Path, net: DefectNet) -> SparseAutoencoder:
-    """The autoencoder in a folder. Raises RlhfImgError if there is none, or it is of other embeddings."""
+    """The autoencoder in a folder. Raises RlhfImgError if there is none, or it is damaged or of other embeddings."""
     card_file, weights = folder / CARD_FILE, folder / SAE_FILE
     for file in (card_file, weights):
         if not file.is_file():
             raise RlhfImgError(f"no file {file}; make it with: rlhf-img reward train sae --out {folder}")
-    card = json.loads(card_file.read_text())
-    if card["embedding"] != embedding_of(net):
+    try:
+        card = json.loads(card_file.read_text())
+        embedding = card["embedding"]
+        sae = SparseAutoencoder(card["width"], card["config"]["features"], card["config"]["k"])
+        sae.load_state_dict(load_file(weights))
+    except (ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise RlhfImgError(
-            f"the features in {folder} are of other embeddings ({card['embedding'][:40]}) than the artifact reward's "
+            f"the autoencoder in {folder} cannot be read ({error}); make it again with: rlhf-img reward train sae "
+            f"--out {folder}"
+        ) from error
+    if embedding != embedding_of(net):
+        raise RlhfImgError(
+            f"the features in {folder} are of other embeddings ({embedding[:40]}) than the artifact reward's "
             f"({embedding_of(net)[:40]}). Train them on its weights, rlhf-img reward train sae --weights FILE, or on "
             f"its backbone, --backbone MODEL"
         )
-    sae = SparseAutoencoder(card["width"], card["config"]["features"], card["config"]["k"])
-    sae.load_state_dict(load_file(weights))
     return sae.eval().requires_grad_(False)
 
 
