@@ -19,6 +19,16 @@ if TYPE_CHECKING:
 
 _Config = TypeVar("_Config")
 
+_RunFile = Annotated[Path | None, typer.Option("--config", help="A run file (YAML) with any settings.")]
+_Seed = Annotated[int | None, typer.Option(help="Of everything random.")]
+_Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --out.")]
+_ShowSettings = Annotated[bool, typer.Option("--settings", help="List every setting and stop.")]
+_AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+_Start = Annotated[
+    str | None,
+    typer.Option(metavar="RUN|FOLDER", help="Go on from this run's adapter, or a LoRA's [default: the model]."),
+]
+
 
 def grpo(
     settings: Annotated[
@@ -30,22 +40,19 @@ def grpo(
     model: Annotated[
         str | None, typer.Option(help='"playground" (ships with the package), a diffusers folder, or a hub id.')
     ] = None,
-    start: Annotated[
-        str | None,
-        typer.Option(metavar="RUN|FOLDER", help="Go on from this run's adapter, or a LoRA's [default: the model]."),
-    ] = None,
+    start: _Start = None,
     prompts: Annotated[Path | None, typer.Option(help="Training prompts: .txt, .jsonl or .yaml.")] = None,
     eval_prompts: Annotated[Path | None, typer.Option(help="Held-out prompts, in the same formats.")] = None,
-    config: Annotated[Path | None, typer.Option(help="A run file (YAML) with any settings.")] = None,
+    config: _RunFile = None,
     out: Annotated[Path | None, typer.Option(help="The run's folder [default: runs/grpo-DATE-TIME].")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of everything random.")] = None,
+    seed: _Seed = None,
     processes: Annotated[
         int | None, typer.Option(min=1, help="On this machine, each with a share of the prompts [default: one a GPU; "
                                  "without one, for the playground, one a core].")
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --out.")] = False,
-    show_settings: Annotated[bool, typer.Option("--settings", help="List every setting and stop.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    resume: _Resume = False,
+    show_settings: _ShowSettings = False,
+    as_json: _AsJson = False,
 ) -> None:
     """Align a model with GRPO, measure it before and after on held-out prompts, and write a report.
 
@@ -90,19 +97,16 @@ def dpo(
     model: Annotated[
         str | None, typer.Option(help='"playground" (ships with the package), a diffusers folder, or a hub id.')
     ] = None,
-    start: Annotated[
-        str | None,
-        typer.Option(metavar="RUN|FOLDER", help="Go on from this run's adapter, or a LoRA's [default: the model]."),
-    ] = None,
+    start: _Start = None,
     eval_prompts: Annotated[
         Path | None, typer.Option(help="Held-out prompts [default: the playground's, or those of held-out pairs].")
     ] = None,
-    config: Annotated[Path | None, typer.Option(help="A run file (YAML) with any settings.")] = None,
+    config: _RunFile = None,
     out: Annotated[Path | None, typer.Option(help="The run's folder [default: runs/dpo-DATE-TIME].")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of everything random.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --out.")] = False,
-    show_settings: Annotated[bool, typer.Option("--settings", help="List every setting and stop.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    seed: _Seed = None,
+    resume: _Resume = False,
+    show_settings: _ShowSettings = False,
+    as_json: _AsJson = False,
 ) -> None:
     """Align a model on preference pairs, measure it before and after on held-out prompts, and write a report.
 
@@ -144,12 +148,12 @@ def tdm(
     rewards: Annotated[str | None, typer.Option(metavar="SPEC", help="What measures; it does not train.")] = None,
     prompts: Annotated[Path | None, typer.Option(help="Training prompts: .txt, .jsonl or .yaml.")] = None,
     eval_prompts: Annotated[Path | None, typer.Option(help="Held-out prompts, in the same formats.")] = None,
-    config: Annotated[Path | None, typer.Option(help="A run file (YAML) with any settings.")] = None,
+    config: _RunFile = None,
     out: Annotated[Path | None, typer.Option(help="The run's folder [default: runs/tdm-DATE-TIME].")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of everything random.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --out.")] = False,
-    show_settings: Annotated[bool, typer.Option("--settings", help="List every setting and stop.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    seed: _Seed = None,
+    resume: _Resume = False,
+    show_settings: _ShowSettings = False,
+    as_json: _AsJson = False,
 ) -> None:
     """Distil a guided model into a student of 8 steps without guidance, from prompts alone, and measure it.
 
@@ -199,12 +203,12 @@ def sft(
     model: Annotated[str | None, typer.Option(help='"playground", a diffusers folder, or a hub id.')] = None,
     rewards: Annotated[str | None, typer.Option(metavar="SPEC", help="What measures; it does not train.")] = None,
     eval_prompts: Annotated[Path | None, typer.Option(help="Held-out prompts [default: captions of the data].")] = None,
-    config: Annotated[Path | None, typer.Option(help="A run file (YAML) with any settings.")] = None,
+    config: _RunFile = None,
     out: Annotated[Path | None, typer.Option(help="The run's folder [default: runs/sft-DATE-TIME].")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of everything random.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --out.")] = False,
-    show_settings: Annotated[bool, typer.Option("--settings", help="List every setting and stop.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    seed: _Seed = None,
+    resume: _Resume = False,
+    show_settings: _ShowSettings = False,
+    as_json: _AsJson = False,
 ) -> None:
     """Teach a model captioned images, as a LoRA, by flow matching, and measure it before and after.
 

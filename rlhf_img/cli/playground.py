@@ -87,7 +87,7 @@ def train_judge(
     """Make the playground's judge: a small vision-language model that answers yes/no questions about its images.
 
     Then it is measured against the exact checks, and its card written. Run it again to go on after an interruption.
-    The package brings no trained one yet, and how long it takes and how good it gets has not been measured in full.
+    The package brings a trained one, --judge-model playground; its card beside the weights has its scores.
 
     Example: rlhf-img playground train-judge --out my-judge && rlhf-img doctor --judge-model my-judge
     """
