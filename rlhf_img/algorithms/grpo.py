@@ -27,22 +27,25 @@ recomputation of log p_old (a rollout's own is exact, which the pre-flight check
 advantage in rewards/combining.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from rlhf_img.algorithms.rollout import Batch, Draw, Rollout, RolloutConfig, Step, forward_logp, require
+from rlhf_img.algorithms.rollout import Rollout, Step, StepsConfig, forward_logp, require
+from rlhf_img.algorithms.updating import Draws, optimise, split, together, velocities
 from rlhf_img.model.flow import STEPS, SdeStep
-from rlhf_img.model.forward import velocity
 from rlhf_img.model.policy import Policy
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class GRPOConfig(RolloutConfig):
+class GRPOConfig(StepsConfig):
     """Settings of GRPO, with those of its rollouts."""
+
+    section: ClassVar[str] = "grpo"
 
     lr: float = 2e-3
     """Learning rate of AdamW at the start; it falls linearly to 0 over the run."""
@@ -118,45 +121,22 @@ class Replay:
 
 def replay(policy: Policy, sampled: Rollout, config: GRPOConfig) -> Iterator[Replay]:
     """Every batch and term again: steps in the shapes of the rollout, so that rounding is the same, draws together."""
+    guidance = config.reference_guidance if config.kl else None
     for batch in sampled.batches:
-        draws = [term for term in batch.terms if isinstance(term, Draw)]
-        steps = [term for term in batch.terms if isinstance(term, Step)]
-        at_once = max(1, config.batch_size // len(batch.rows_B))
-        for first in range(0, len(draws), at_once):
-            some = draws[first : first + at_once]
-            x = torch.cat([draw.x_BNC for draw in some])
-            sigma = torch.tensor([draw.sigma for draw in some for _ in batch.rows_B], device=x.device)
-            text = batch.text_BLD.repeat(len(some), 1, 1)
-            yield _replay_draws(some, *_velocities(policy, sampled, x, sigma, text, config), batch.rows_B)
-        for step in steps:
+        for draws in together(batch, config.batch_size):
+            v, v_ref = velocities(policy, sampled, draws.x_BNC, draws.sigma_B, draws.text_BLD, guidance)
+            yield _replay_draws(draws, v, v_ref)
+        for step in [term for term in batch.terms if isinstance(term, Step)]:
             sigma = torch.tensor(step.sigma, device=step.x_BNC.device)
-            v, v_ref = _velocities(policy, sampled, step.x_BNC, sigma, batch.text_BLD, config)
+            v, v_ref = velocities(policy, sampled, step.x_BNC, sigma, batch.text_BLD, guidance)
             yield _replay_step(step, v, v_ref, batch.rows_B, config, sampled.sigma_max)
 
 
-def _velocities(
-    policy: Policy, sampled: Rollout, x: Tensor, sigma: Tensor, text_BLD: Tensor, config: GRPOConfig
-) -> tuple[Tensor, Tensor | None]:
-    """That of the policy, and that of the guided reference if it has a weight."""
-    with policy.acting() as transformer:
-        v = velocity(transformer, x, sigma, text_BLD, sampled.grid)
-    if config.kl == 0:
-        return v, None
-    with policy.reference() as reference:
-        v_ref = velocity(reference, x, sigma, text_BLD, sampled.grid)
-        if config.reference_guidance > 0:
-            empty_BLD = sampled.empty_LD.expand(len(x), -1, -1)
-            v_ref += config.reference_guidance * (v_ref - velocity(reference, x, sigma, empty_BLD, sampled.grid))
-    return v, v_ref
-
-
-def _replay_draws(draws: Sequence[Draw], v: Tensor, v_ref: Tensor | None, rows_B: list[int]) -> Replay:
-    target = torch.cat([draw.target_BNC for draw in draws])
-    old = [draw.old_BNC for draw in draws if draw.old_BNC is not None]
-    v_old = torch.cat(old) if old else v.detach()
-    log_ratio_B = forward_logp(v, target, v_ref) - forward_logp(v_old, target, v_ref)
+def _replay_draws(draws: Draws, v: Tensor, v_ref: Tensor | None) -> Replay:
+    v_old = v.detach() if draws.old_BNC is None else draws.old_BNC
+    log_ratio_B = forward_logp(v, draws.target_BNC, v_ref) - forward_logp(v_old, draws.target_BNC, v_ref)
     kl_B = None if v_ref is None else -forward_logp(v, v_ref)
-    return Replay(rows_B=rows_B * len(draws), log_ratio_B=log_ratio_B, ratio_B=log_ratio_B.exp(), kl_B=kl_B)
+    return Replay(rows_B=draws.rows_B, log_ratio_B=log_ratio_B, ratio_B=log_ratio_B.exp(), kl_B=kl_B)
 
 
 def _replay_step(
@@ -183,27 +163,19 @@ def update(
     Raises FloatingPointError before an optimiser step whose loss or gradient is not finite.
     """
     advantages_B = advantages_B.clamp(-config.advantage_clip, config.advantage_clip)
-    totals: dict[str, float] = {}
-    parts = _split(sampled, config)
-    parameters = list(policy.parameters.values())
-    for part in parts:
-        count = sum(len(batch.rows_B) * len(batch.terms) for batch in part.batches)
-        optimizer.zero_grad(set_to_none=True)
+    deviations = [0.0]
+
+    def losses(part: Rollout) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
         for item in replay(policy, part, config):
-            loss_B, metrics = term_loss(item, advantages_B[item.rows_B], config)
-            (loss_B.sum() / count).backward()
-            for name, value in metrics.items():
-                totals[name] = totals.get(name, 0.0) + float(value.sum()) / count / len(parts)
-            deviation = float((item.log_ratio_B.detach().exp() - 1).abs().max())
-            totals["ratio/max_dev"] = max(totals.get("ratio/max_dev", 0.0), deviation)
-        average_gradients(parameters)
-        norm = nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
-        if not torch.isfinite(norm):
-            raise FloatingPointError(f"the gradient is not finite (loss {totals['loss']:.4g}): no step was taken")
-        optimizer.step()
+            deviations.append(float((item.log_ratio_B.detach().exp() - 1).abs().max()))
+            yield term_loss(item, advantages_B[item.rows_B], config)
+
+    totals: dict[str, float] = {}
+    for part in (parts := split(sampled, config.updates)):
+        means = optimise(policy, optimizer, part, losses, config.max_grad_norm, average_gradients)
         policy.update_average(config.ema)
-        totals["grad_norm"] = totals.get("grad_norm", 0.0) + float(norm) / len(parts)
-    return totals
+        totals = {name: totals.get(name, 0.0) + value / len(parts) for name, value in means.items()}
+    return {**totals, "ratio/max_dev": max(deviations)}
 
 
 def term_loss(item: Replay, advantage_B: Tensor, config: GRPOConfig) -> tuple[Tensor, dict[str, Tensor]]:
@@ -215,13 +187,3 @@ def term_loss(item: Replay, advantage_B: Tensor, config: GRPOConfig) -> tuple[Te
         loss_B = loss_B + config.kl * kl_B
     outside = ((item.ratio_B - 1).abs() > config.clip).float()
     return loss_B, {"loss": loss_B.detach(), "kl": kl_B.detach(), "clip_fraction": outside.detach()}
-
-
-def _split(sampled: Rollout, config: GRPOConfig) -> list[Rollout]:
-    """The rollout in `config.updates` parts of whole batches, as even as its batches allow."""
-    if config.updates == 1:
-        return [sampled]
-    parts: list[list[Batch]] = [[] for _ in range(config.updates)]
-    for batch in sorted(sampled.batches, key=lambda b: -len(b.rows_B)):
-        min(parts, key=lambda part: sum(len(b.rows_B) for b in part)).append(batch)
-    return [replace(sampled, batches=part) for part in parts if part]

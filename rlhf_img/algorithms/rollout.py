@@ -6,7 +6,7 @@ forward`), or a window of the sampler's steps was stochastic and is kept (`likel
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float
@@ -25,20 +25,52 @@ from rlhf_img.model.sampling import in_parts, initial_noise
 class RolloutConfig:
     """How groups are sampled; the defaults are those that the embedded model's results were made with."""
 
+    section: ClassVar[str]
+    """What the settings are called in a run file."""
+    averaged: ClassVar[bool] = False
+    """Whether the policy's average draws the images, so that its velocities are kept beside those of the policy."""
+
     prompts: int = 8
     """P, prompts an iteration."""
     group: int = 16
     """G, images a prompt."""
     num_steps: int = 8
     """S, denoising steps in a rollout."""
-    likelihood: Literal["forward", "steps"] = "forward"
-    """Of the image under the forward process, or of the stochastic steps that made it."""
     draws: int = 4
-    """forward: noise levels at which an image is trained, one in each of so many equal parts of the range."""
+    """Noise levels at which an image is trained, one in each of so many equal parts of the range."""
     min_sigma: float = 0.6
-    """forward: the lowest noise level of a draw."""
+    """The lowest noise level of a draw."""
     max_sigma: float = 0.9
-    """forward: the highest."""
+    """The highest."""
+    updates: int = 1
+    """Optimiser steps an iteration, each on its share of the prompts."""
+    batch_size: int = 128
+    """Images a forward, at most."""
+
+    def __post_init__(self) -> None:
+        """Raises RlhfImgError for values that cannot work together."""
+        name = self.section
+        require(
+            {
+                f"{name}.prompts must be 1 or more": self.prompts >= 1,
+                f"{name}.group must be 2 or more: a group of one has no spread": self.group >= 2,
+                f"{name}.num_steps must be 1 or more": self.num_steps >= 1,
+                f"{name}.draws must be 1 or more": self.draws >= 1,
+                f"{name}.min_sigma must be 0 or more and below {name}.max_sigma, which is at most 1":
+                    0 <= self.min_sigma < self.max_sigma <= 1,
+                f"{name}.updates must lie between 1 and {name}.prompts": 1 <= self.updates <= self.prompts,
+                f"{name}.batch_size must be 1 or more": self.batch_size >= 1,
+            },
+            self,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepsConfig(RolloutConfig):
+    """Rollouts of which a window of steps may be stochastic."""
+
+    likelihood: Literal["forward", "steps"] = "forward"
+    """Of the image under the forward process, at `draws` noise levels, or of the stochastic steps that made it."""
     window: int = 2
     """steps: stochastic steps in a row; only they are trained."""
     window_span: float = 0.5
@@ -49,26 +81,17 @@ class RolloutConfig:
     """steps: its strength."""
     shared_noise: bool = True
     """steps: whether the images of a group start from the same noise, so that they differ by the window alone."""
-    updates: int = 1
-    """Optimiser steps an iteration, each on its share of the prompts."""
-    batch_size: int = 128
-    """Images a forward, at most."""
 
     def __post_init__(self) -> None:
         """Raises RlhfImgError for values that cannot work together."""
+        super(StepsConfig, self).__post_init__()  # a dataclass with slots is not the class that a bare super() knows
+        name = self.section
         require(
             {
-                "grpo.prompts must be 1 or more": self.prompts >= 1,
-                "grpo.group must be 2 or more: a group of one has no spread": self.group >= 2,
-                "grpo.draws must be 1 or more": self.draws >= 1,
-                "grpo.min_sigma must be 0 or more and below grpo.max_sigma, which is at most 1":
-                    0 <= self.min_sigma < self.max_sigma <= 1,
-                "grpo.window must lie between 1 and grpo.num_steps - 1: the last step is deterministic":
+                f"{name}.window must lie between 1 and {name}.num_steps - 1: the last step is deterministic":
                     1 <= self.window < self.num_steps,
-                "grpo.window_span must lie between 0 and 1": 0 <= self.window_span <= 1,
-                "grpo.eta must be above 0": self.eta > 0,
-                "grpo.updates must lie between 1 and grpo.prompts": 1 <= self.updates <= self.prompts,
-                "grpo.batch_size must be 1 or more": self.batch_size >= 1,
+                f"{name}.window_span must lie between 0 and 1": 0 <= self.window_span <= 1,
+                f"{name}.eta must be above 0": self.eta > 0,
             },
             self,
         )  # fmt: skip
@@ -160,29 +183,29 @@ def rollout(
     grid = model.grid(model.default_size, model.default_size)
     levels = sigmas(config.num_steps, grid[0] * grid[1], model.scheduler.config, model.is_distilled)
     generator = torch.Generator().manual_seed(seed)
-    steps = config.likelihood == "steps"
-    window = _window(config, generator) if steps else range(0)
+    steps = config if isinstance(config, StepsConfig) and config.likelihood == "steps" else None
+    window = _window(steps, generator) if steps else range(0)
     images = [place * config.group + i for place in places for i in range(config.group)]
-    repeat = [i // config.group * config.group if steps and config.shared_noise else i for i in images]
+    repeat = [i // config.group * config.group if steps and steps.shared_noise else i for i in images]
     noise_BNC = initial_noise(model, [seed + i for i in repeat], model.default_size, model.default_size)
     texts = [text for text in conditioner.encode([prompts[i] for i in places]) for _ in range(config.group)]
     per_batch = max(1, config.batch_size // config.group) * config.group
     draws = [] if steps else _levels_and_noise(config, (len(prompts), *noise_BNC.shape[1:]), generator)
     generator.manual_seed(seed + images[0])  # what follows differs between processes
-    batches = []
-    with policy.acting() as transformer:
+    batches, old = [], config.averaged or config.updates > 1
+    with policy.averaged() if config.averaged else policy.acting() as transformer:
         for same, texts_BLD in by_length(texts):
             for rows, text_BLD in zip(in_parts(same, per_batch), texts_BLD.split(per_batch), strict=True):
-                x0, taken = _sample(transformer, noise_BNC[rows], text_BLD, levels, window, grid, config, generator)
+                x0, taken = _sample(transformer, noise_BNC[rows], text_BLD, levels, window, grid, steps, generator)
                 groups = [places[row // config.group] for row in rows]
                 noised = [(sigma, eps_PNC[groups].to(x0.device)) for sigma, eps_PNC in draws]
-                terms = taken or _noised(transformer, x0, text_BLD, noised, grid, old=config.updates > 1)
+                terms = taken or _noised(transformer, x0, text_BLD, noised, grid, old=old)
                 batches.append(Batch(rows_B=rows, text_BLD=text_BLD, terms=terms, final_BNC=x0))
     (empty_LD,) = conditioner.encode([""])
     return Rollout(batches=batches, grid=grid, empty_LD=empty_LD, sigma_max=float(levels[1]))
 
 
-def _window(config: RolloutConfig, generator: torch.Generator) -> range:
+def _window(config: StepsConfig, generator: torch.Generator) -> range:
     starts = max(1, min(round(config.num_steps * config.window_span), config.num_steps - config.window))
     start = int(torch.randint(starts, (), generator=generator))
     return range(start, start + config.window)
@@ -202,13 +225,13 @@ def _levels_and_noise(
 
 def _sample(
     transformer: torch.nn.Module, x: Tensor, text_BLD: Tensor, levels: Tensor, window: range, grid: tuple[int, int],
-    config: RolloutConfig, generator: torch.Generator,
+    config: StepsConfig | None, generator: torch.Generator,
 ) -> tuple[Tensor, list[Step]]:  # fmt: skip
     """From noise to sigma 0, and the stochastic steps on the way."""
     taken = []
     for i, (s, s_next) in enumerate(zip(levels.tolist(), levels.tolist()[1:], strict=False)):
         v = velocity(transformer, x, levels[i], text_BLD, grid)
-        if i not in window:
+        if config is None or i not in window:
             x = euler_step(x, v, s, s_next)
             continue
         noise = torch.randn(x.shape, generator=generator).to(x.device)

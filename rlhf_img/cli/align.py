@@ -1,9 +1,10 @@
-"""`rlhf-img grpo`, `dpo`, `tdm` and `sft`: train, measure, report."""
+"""`rlhf-img grpo`, `nft`, `dpo`, `tdm` and `sft`: train, measure, report."""
 
 import json
 import shlex
 import sys
 import time
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -30,31 +31,8 @@ _Start = Annotated[
 ]
 
 
-def grpo(
-    settings: Annotated[
-        list[str] | None, typer.Argument(metavar="[key=value ...]", help="Settings, such as `grpo.lr=1e-4`.")
-    ] = None,
-    rewards: Annotated[
-        str | None, typer.Option(metavar="SPEC", help='Such as "rubric:2,artifact,my_rewards.py:neon".')
-    ] = None,
-    model: Annotated[
-        str | None, typer.Option(help='"playground" (ships with the package), a diffusers folder, or a hub id.')
-    ] = None,
-    start: _Start = None,
-    prompts: Annotated[Path | None, typer.Option(help="Training prompts: .txt, .jsonl or .yaml.")] = None,
-    eval_prompts: Annotated[Path | None, typer.Option(help="Held-out prompts, in the same formats.")] = None,
-    config: _RunFile = None,
-    out: Annotated[Path | None, typer.Option(help="The run's folder [default: runs/grpo-DATE-TIME].")] = None,
-    seed: _Seed = None,
-    processes: Annotated[
-        int | None, typer.Option(min=1, help="On this machine, each with a share of the prompts [default: one a GPU; "
-                                 "without one, for the playground, one a core].")
-    ] = None,
-    resume: _Resume = False,
-    show_settings: _ShowSettings = False,
-    as_json: _AsJson = False,
-) -> None:
-    """Align a model with GRPO, measure it before and after on held-out prompts, and write a report.
+_ONLINE_HELP = {
+    "grpo": """Align a model with GRPO, measure it before and after on held-out prompts, and write a report.
 
     Precedence: key=value over options over --config over defaults.
 
@@ -67,18 +45,68 @@ def grpo(
         rlhf-img grpo --start runs/dpo --rewards rubric,artifact
 
         rlhf-img grpo --out runs/first --resume
-    """
-    if show_settings:
-        _print_settings("grpo")
-        return
-    options = {
-        "rewards": rewards, "model": model, "start": start, "prompts": _text(prompts),
-        "eval_prompts": _text(eval_prompts), "seed": seed,
-    }  # fmt: skip
-    given = _started(_given(config, options, settings))
-    if not started() and (out is not None or not resume):
-        launch(_processes(given, out if resume else None, processes))
-    _run("grpo", given, out, resume, as_json)
+    """,
+    "nft": """Align a model with DiffusionNFT: as grpo, but good and bad images are fitted without a likelihood.
+
+    Precedence: key=value over options over --config over defaults.
+
+    Examples:
+
+        rlhf-img nft --rewards rubric,artifact
+
+        rlhf-img nft --rewards rubric,artifact nft.beta=0.1 nft.decay=slow
+
+        rlhf-img nft --out runs/first --resume
+    """,
+}
+
+
+def online(algorithm: str) -> Callable[..., None]:
+    """The command of an algorithm that learns from rewards of images that it draws."""
+
+    def command(
+        settings: Annotated[
+            list[str] | None,
+            typer.Argument(metavar="[key=value ...]", help=f"Settings, such as `{algorithm}.lr=1e-4`."),
+        ] = None,
+        rewards: Annotated[
+            str | None, typer.Option(metavar="SPEC", help='Such as "rubric:2,artifact,my_rewards.py:neon".')
+        ] = None,
+        model: Annotated[
+            str | None, typer.Option(help='"playground" (ships with the package), a diffusers folder, or a hub id.')
+        ] = None,
+        start: _Start = None,
+        prompts: Annotated[Path | None, typer.Option(help="Training prompts: .txt, .jsonl or .yaml.")] = None,
+        eval_prompts: Annotated[Path | None, typer.Option(help="Held-out prompts, in the same formats.")] = None,
+        config: _RunFile = None,
+        out: Annotated[Path | None, typer.Option(help="The run's folder [default: runs/ALGORITHM-DATE-TIME].")] = None,
+        seed: _Seed = None,
+        processes: Annotated[
+            int | None,
+            typer.Option(
+                min=1,
+                help="On this machine, each with a share of the prompts [default: one a GPU; "
+                "without one, for the playground, one a core].",
+            ),
+        ] = None,
+        resume: _Resume = False,
+        show_settings: _ShowSettings = False,
+        as_json: _AsJson = False,
+    ) -> None:
+        if show_settings:
+            _print_settings(algorithm)
+            return
+        options = {
+            "rewards": rewards, "model": model, "start": start, "prompts": _text(prompts),
+            "eval_prompts": _text(eval_prompts), "seed": seed,
+        }  # fmt: skip
+        given = _started(_given(config, options, settings))
+        if not started() and (out is not None or not resume):
+            launch(_processes(algorithm, given, out if resume else None, processes))
+        _run(algorithm, given, out, resume, as_json)
+
+    command.__doc__ = _ONLINE_HELP[algorithm]
+    return command
 
 
 def dpo(
@@ -245,21 +273,21 @@ def _started(given: dict[str, Any]) -> dict[str, Any]:
     return merge(settings_of(given.get("start"), ("model",)), given)
 
 
-def _processes(given: dict[str, Any], resumed: Path | None, wanted: int | None) -> int:
+def _processes(algorithm: str, given: dict[str, Any], resumed: Path | None, wanted: int | None) -> int:
     """As many as wanted; else one a GPU, and without one, for the embedded model, one a core, if the work divides."""
     import torch
 
     from rlhf_img.model.loading import PLAYGROUND
-    from rlhf_img.training.grpo import Config
 
+    room = import_module(f"rlhf_img.training.{algorithm}")
     saved = load_yaml(resumed / "config.yaml")["config"] if resumed and (resumed / "config.yaml").exists() else {}
-    config = from_mapping(Config, merge(saved, given), "settings")
+    config = from_mapping(room.Config, merge(saved, given), "settings")
     if wanted is not None:
         config.check_processes(wanted)
         return wanted
     most = torch.cuda.device_count() or (torch.get_num_threads() if config.model == PLAYGROUND else 1)
-    most = 1 if config.grpo.updates > 1 else most
-    return max(n for n in range(1, most + 1) if config.grpo.prompts % n == 0)
+    most = 1 if config.method.updates > 1 else most
+    return max(n for n in range(1, most + 1) if config.method.prompts % n == 0)
 
 
 def _run(algorithm: str, given: dict[str, Any], out: Path | None, resume: bool, as_json: bool) -> None:

@@ -27,7 +27,8 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
         raise typer.Exit
 
 
-app.command("grpo")(align.grpo)
+for algorithm in ("grpo", "nft"):
+    app.command(algorithm)(align.online(algorithm))
 app.command("dpo")(align.dpo)
 app.command("tdm")(align.tdm)
 app.command("sft")(align.sft)

@@ -1,0 +1,94 @@
+"""What online algorithms share between a rollout and an optimiser step."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from rlhf_img.algorithms.rollout import Batch, Draw, Rollout
+from rlhf_img.model.forward import velocity
+from rlhf_img.model.policy import Policy
+
+Losses = Callable[[Rollout], Iterator[tuple[Tensor, Mapping[str, Tensor]]]]
+"""Gives the losses of some images with a graph, and metrics without, each [B], until all terms were there once."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Draws:
+    """Draws of the images of one batch, in one tensor: an image is there once for each."""
+
+    rows_B: list[int]
+    """Where these images are in the iteration."""
+    x_BNC: Tensor
+    sigma_B: Tensor
+    text_BLD: Tensor
+    target_BNC: Tensor
+    old_BNC: Tensor | None
+
+
+def together(batch: Batch, batch_size: int) -> Iterator[Draws]:
+    """The draws of a batch, as many at once as `batch_size` images allow; none if its terms are steps."""
+    draws = [term for term in batch.terms if isinstance(term, Draw)]
+    at_once = max(1, batch_size // len(batch.rows_B))
+    for first in range(0, len(draws), at_once):
+        some = draws[first : first + at_once]
+        old = [draw.old_BNC for draw in some if draw.old_BNC is not None]
+        yield Draws(
+            rows_B=batch.rows_B * len(some), x_BNC=torch.cat([draw.x_BNC for draw in some]),
+            sigma_B=torch.tensor([draw.sigma for draw in some for _ in batch.rows_B], device=batch.text_BLD.device),
+            text_BLD=batch.text_BLD.repeat(len(some), 1, 1),
+            target_BNC=torch.cat([draw.target_BNC for draw in some]), old_BNC=torch.cat(old) if old else None,
+        )  # fmt: skip
+
+
+def velocities(
+    policy: Policy, sampled: Rollout, x_BNC: Float[Tensor, "B N C"], sigma: Tensor, text_BLD: Float[Tensor, "B L D"],
+    guidance: float | None,
+) -> tuple[Float[Tensor, "B N C"], Float[Tensor, "B N C"] | None]:  # fmt: skip
+    """That of the policy, with a graph, and that of the reference with Krea's g, or with None no second one."""
+    with policy.acting() as transformer:
+        v = velocity(transformer, x_BNC, sigma, text_BLD, sampled.grid)
+    if guidance is None:
+        return v, None
+    with policy.reference() as reference:
+        v_ref = velocity(reference, x_BNC, sigma, text_BLD, sampled.grid)
+        if guidance > 0:
+            empty_BLD = sampled.empty_LD.expand(len(x_BNC), -1, -1)
+            v_ref += guidance * (v_ref - velocity(reference, x_BNC, sigma, empty_BLD, sampled.grid))
+    return v, v_ref
+
+
+def split(sampled: Rollout, count: int) -> list[Rollout]:
+    """The rollout in `count` parts of whole batches, as even as its batches allow."""
+    if count == 1:
+        return [sampled]
+    parts: list[list[Batch]] = [[] for _ in range(count)]
+    for batch in sorted(sampled.batches, key=lambda b: -len(b.rows_B)):
+        min(parts, key=lambda part: sum(len(b.rows_B) for b in part)).append(batch)
+    return [replace(sampled, batches=part) for part in parts if part]
+
+
+def optimise(
+    policy: Policy, optimizer: torch.optim.Optimizer, part: Rollout, losses: Losses, max_grad_norm: float,
+    average_gradients: Callable[[list[nn.Parameter]], None],
+) -> dict[str, float]:  # fmt: skip
+    """One optimiser step on the mean loss over images and terms; the average is the caller's.
+
+    Returns means of the metrics, and the gradient norm. Raises FloatingPointError before a step that is not finite.
+    """
+    count = sum(len(batch.rows_B) * len(batch.terms) for batch in part.batches)
+    parameters = list(policy.parameters.values())
+    means: dict[str, float] = {}
+    optimizer.zero_grad(set_to_none=True)
+    for loss_B, metrics in losses(part):
+        (loss_B.sum() / count).backward()
+        for name, value in metrics.items():
+            means[name] = means.get(name, 0.0) + float(value.sum()) / count
+    average_gradients(parameters)
+    norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+    if not torch.isfinite(norm):
+        raise FloatingPointError(f"the gradient is not finite (loss {means['loss']:.4g}): no step was taken")
+    optimizer.step()
+    return {**means, "grad_norm": float(norm)}
