@@ -9,7 +9,7 @@ out=${OUT:-runs/dpo-stpo}
 rlhf=${RLHF_IMG:-rlhf-img}
 python=${PYTHON:-python3}
 steps=${STEPS:-40}
-rl_steps=${RL_STEPS:-40}
+rl_steps=${RL_STEPS:-20}
 
 # A run that is not there is begun, one that was stopped is resumed, a finished one is left.
 train() {  # algorithm, folder, what it is begun with
@@ -30,6 +30,7 @@ for seed in ${SEEDS:-0}; do
     train dpo "$out/$loss-long-$seed" --pairs "$out/pairs" --config "$here/run.yaml" --seed "$seed" "dpo.loss=$loss" \
       "steps=$((4 * steps))" ${MORE:-}
   done
+  [ "$rl_steps" = 0 ] && continue
   train grpo "$out/grpo-stpo-$seed" --start "$out/stpo-mirror-$seed" --config "$here/rl.yaml" --seed "$seed" \
     "steps=$rl_steps" ${RL:-}
   equal=$($python "$here/table.py" steps "$out" "$seed" "$rl_steps")
