@@ -19,17 +19,17 @@ from rich.table import Table
 
 from rlhf_img.cli.main import keep_freed_memory
 from rlhf_img.config import from_mapping, merge, parse_overrides, versions
-from rlhf_img.training.grpo import Config, iteration, prepare
+from rlhf_img.training.grpo import Config, prepare
 
 
 def signal(config: Config, iterations: int) -> dict[str, float]:
     """Share of signal, its standard error, and seconds an iteration."""
-    parts, _ = prepare(config)
-    parameters = parts.policy.parameters.values()
+    _, job = prepare(config)
+    parameters = job.policy.parameters.values()
     start = [p.detach().clone() for p in parameters]
     gradients, seconds = [], []
     for step in range(1, iterations + 1):
-        seconds.append(iteration(parts, step)["time/step"])
+        seconds.append(job.iterate(step)["time/step"])
         gradients.append(torch.cat([p.grad.flatten() for p in parameters if p.grad is not None]).double())
         for p, value in zip(parameters, start, strict=True):
             p.data.copy_(value)

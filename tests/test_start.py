@@ -52,7 +52,7 @@ def test_policy_and_reference_begin_as_the_adapter_and_only_the_policy_moves(fil
         "rewards": f"{files / 'bright.py'}:bright", "dtype": "float32", "eval": {"heldout_share": 0.5},
         "grpo": {"prompts": 2, "group": 3, "num_steps": 4, "lr": 1e-2}, "lora": {"rank": 2},
     }  # fmt: skip
-    parts, _ = room.prepare(from_mapping(room.Config, settings, "settings"))
+    parts, job = room.prepare(from_mapping(room.Config, settings, "settings"))
     expected = images(files / "model", first / "lora")
 
     def drawn() -> torch.Tensor:
@@ -65,7 +65,7 @@ def test_policy_and_reference_begin_as_the_adapter_and_only_the_policy_moves(fil
     assert not torch.equal(drawn(), expected)  # the bare model is another one
     before = {name: p.detach().clone() for name, p in parts.policy.parameters.items()}
     assert all(p.shape[0] == 4 for name, p in before.items() if name.endswith("lora_A"))  # the adapter's rank, not 2
-    room.iteration(parts, 1)
+    job.iterate(1)
     assert any(not torch.equal(before[name], p) for name, p in parts.policy.parameters.items())
     with parts.policy.reference():
         assert torch.equal(drawn(), expected)

@@ -48,12 +48,15 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def arguments(files: Path, out: Path, *more: str, rewards: str | None = None) -> list[str]:
+def arguments(
+    files: Path, out: Path, *more: str, rewards: str | None = None, algorithm: str = "grpo"
+) -> list[str]:
     named = {
         "--model": files / "model", "--prompts": files / "prompts.txt", "--eval-prompts": files / "prompts.txt",
         "--rewards": rewards or f"{files / 'bright.py'}:bright", "--out": out,
     }  # fmt: skip
-    return ["grpo", *(str(word) for pair in named.items() for word in pair), *SMALL, *more]
+    small = (word.replace("grpo.", f"{algorithm}.") for word in SMALL)
+    return [algorithm, *(str(word) for pair in named.items() for word in pair), *small, *more]
 
 
 def run(monkeypatch: pytest.MonkeyPatch, words: list[str]) -> int:
@@ -93,30 +96,32 @@ def test_a_run_leaves_what_the_design_promises(
     assert (out / "lora" / "pytorch_lora_weights.safetensors").is_file()
 
 
-@pytest.mark.parametrize("likelihood", ["forward", "steps"])
+@pytest.mark.parametrize("setting", ["grpo.likelihood=forward", "grpo.likelihood=steps", "nft.decay=fast"])
 def test_learning_raises_a_reward_that_can_be_raised(
-    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, likelihood: str
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setting: str
 ) -> None:
-    more = "steps=25", "grpo.prompts=4", "grpo.group=8", "grpo.lr=3e-3", "grpo.kl=0", "eval.num_steps=4"
-    more += (f"grpo.likelihood={likelihood}",)
-    assert run(monkeypatch, arguments(files, tmp_path / "run", *more)) == 0
+    a = setting.split(".")[0]
+    more = "steps=25", f"{a}.prompts=4", f"{a}.group=8", f"{a}.lr=3e-3", f"{a}.kl=0", "eval.num_steps=4", setting
+    assert run(monkeypatch, arguments(files, tmp_path / "run", *more, algorithm=a)) == 0
     change = json.loads((tmp_path / "run" / "eval.json").read_text())["difference"]["rewards"]["bright"]
     assert change["low"] > 0
 
 
+@pytest.mark.parametrize("algorithm", ["grpo", "nft"])
 def test_killed_and_resumed_is_uninterrupted_to_the_bit(
-    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, algorithm: str
 ) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert run(monkeypatch, arguments(files, whole, "steps=4")) == 0
-    command = [sys.executable, "-m", "rlhf_img.cli.main", *arguments(files, killed, "steps=4")]
+    assert run(monkeypatch, arguments(files, whole, "steps=4", algorithm=algorithm)) == 0
+    words = arguments(files, killed, "steps=4", algorithm=algorithm)
+    command = [sys.executable, "-m", "rlhf_img.cli.main", *words]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         deadline = time.time() + 300
         while not (killed / "checkpoints" / "step_000002").exists() and time.time() < deadline:
             assert process.poll() is None, "the run ended before it could be killed"
             time.sleep(0.01)
         os.kill(process.pid, signal.SIGKILL)
-    assert run(monkeypatch, ["grpo", "--out", str(killed), "--resume"]) == 0
+    assert run(monkeypatch, [algorithm, "--out", str(killed), "--resume"]) == 0
     assert lines(killed) == lines(whole)
     assert state(killed) == state(whole)
     assert json.loads((killed / "eval.json").read_text()) == json.loads((whole / "eval.json").read_text())
