@@ -9,7 +9,7 @@ drift D = mean |v_theta - v_ref|^2 and z(m) = beta / 2 m,
     ipo           (z(m) - 1/2)^2                          IPO (2310.12036): the margin has a target, not a slope
     stpo-anchor   -log sigmoid(z(m - anchor (d_w)+))      after DPOP (2402.13228)
     stpo-guard    dpo, with the losers' gradient scaled by min(1, |G_w|^2 / -<G_w, G_l>)
-    stpo-mirror   -log sigmoid(z(m - (1 + curvature) D_l)) + beta / 2 sft d_w
+    stpo-mirror   -log sigmoid(z(m - (1 + curvature) D_l))
 
 Why. With a = v_ref - u and delta = v_theta - v_ref, a change is d = 2 <a, delta> + D. DPO's margin is therefore
 
@@ -27,10 +27,9 @@ less likely. Its STPO, "an auxiliary loss and a change of DPO's form", has no pu
 - mirror: the sign of D_l is turned. With curvature 1 the loser's change is that of |(2 v_ref - v_theta) - u_l|^2: the
   velocity's mirror image is fitted to the loser, as DiffusionNFT (2509.16117) does with bad images. The margin then is
   at most |a_w|^2 + |a_l|^2 / curvature, the loss convex in the velocities and least at a finite one, and at the
-  reference its gradient is DPO's own. The auxiliary loss is flow matching on the winners, up to a constant, as RPO
-  (2405.16436) has it for language models: what the winners lose by noise in the steps, it gives back. A hinge on every
-  winner's rise, tried first, unbalanced half of the pairs by chance, and with that the noise that a pair shares stayed
-  in the gradient: after 40 steps it had a third of the held-out margin (experiments/dpo-stpo-embedded).
+  reference its gradient is DPO's own. To hold the winner beside it, by a hinge on its rise or by flow matching on it
+  (RPO, 2405.16436), was tried and left out: with unequal weights the noise that a pair shares no longer cancels, and
+  the held-out margin was a third to two thirds (experiments/dpo-stpo-embedded).
 
 Beta depends on the reduction: `beta_mean` is for errors averaged over dimensions, `beta_mean` / (N C) for their sum.
 
@@ -71,8 +70,6 @@ class DPOConfig:
     """With `beta_mean` None: |z| of a typical pair (root mean square) there; 1 is a probability of 73 %."""
     anchor: float = 1.0
     """stpo-anchor: extra weight of the winner where it has become worse than under the reference."""
-    sft: float = 0.25
-    """stpo-mirror: weight of flow matching on the winners, beside about 1/2 that a pair's winner has at first."""
     curvature: float = 1.0
     """stpo-mirror: how soon moving away from a loser stops paying; 1 mirrors the velocity, larger stops sooner."""
     pairs: int = 32
@@ -103,8 +100,7 @@ class DPOConfig:
                 "dpo.batch_size must be 2 or more: a pair is two images": self.batch_size >= 2,
                 "dpo.lr, dpo.calibration_drift, dpo.calibration_logit and dpo.max_grad_norm must be above 0":
                     min(self.lr, self.calibration_drift, self.calibration_logit, self.max_grad_norm) > 0,
-                "dpo.anchor, dpo.sft and dpo.curvature must be 0 or more":
-                    min(self.anchor, self.sft, self.curvature) >= 0,
+                "dpo.anchor and dpo.curvature must be 0 or more": min(self.anchor, self.curvature) >= 0,
                 "dpo.min_sigma must be 0 or more and below dpo.max_sigma, which is at most 1":
                     0 <= self.min_sigma < self.max_sigma <= 1,
                 "dpo.ema must lie between 0 and 1, 1 excluded": 0 <= self.ema < 1,
@@ -154,9 +150,8 @@ def anchored_loss(errors: PairErrors, beta: float, config: DPOConfig) -> Float[T
 
 
 def mirrored_loss(errors: PairErrors, beta: float, config: DPOConfig) -> Float[Tensor, " B"]:
-    """DPO with the loser's drift turned from a gain into a cost, and `sft` times the winner's rise beside it."""
-    margin_B = errors.margin_B - (1 + config.curvature) * errors.loser_drift_B
-    return -F.logsigmoid(beta / 2 * margin_B) + beta / 2 * config.sft * errors.rise_B
+    """DPO with the loser's drift turned from a gain into a cost."""
+    return -F.logsigmoid(beta / 2 * (errors.margin_B - (1 + config.curvature) * errors.loser_drift_B))
 
 
 @dataclass(frozen=True, slots=True)
