@@ -1,6 +1,5 @@
 """A run of GRPO: its settings, its parts, and one iteration."""
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,12 +19,12 @@ from rlhf_img.rewards import Images, Reward, advantages, load_rewards, score
 from rlhf_img.rewards.rubric import rubric_of
 from rlhf_img.rubrics.scoring import RubricResult
 from rlhf_img.training import distributed
-from rlhf_img.training import prompts as prompt_room
 from rlhf_img.training.adapters import begin_policy
 from rlhf_img.training.config import RunConfig
 from rlhf_img.training.loop import Clock, Job, open_model, train_and_heldout, watched_rewards
+from rlhf_img.training.pool.run import PromptPool, pool_of
+from rlhf_img.training.pool.weights import PoolConfig
 from rlhf_img.training.preflight import check_ratios
-from rlhf_img.training.prompts import Prompt
 from rlhf_img.training.sentinels import diversity, image_statistics
 
 _JOINT: dict[str, Callable[[list[float]], float]] = {"ratio/max_dev": max, "preflight/max_dev": max}
@@ -45,6 +44,7 @@ class Config(RunConfig):
     max_unscored: float = 0.5
     """The run stops if a reward leaves more than this share of an iteration unscored."""
     grpo: GRPOConfig = field(default_factory=GRPOConfig)
+    pool: PoolConfig = field(default_factory=PoolConfig)
 
     def __post_init__(self) -> None:
         """Raises RlhfImgError for values out of range."""
@@ -76,7 +76,7 @@ class Parts:
     conditioner: Conditioner
     optimizer: torch.optim.Optimizer
     rewards: list[Reward]
-    prompts: list[Prompt]
+    pool: PromptPool
 
 
 def prepare(config: Config) -> tuple[Parts, Job]:
@@ -92,11 +92,11 @@ def prepare(config: Config) -> tuple[Parts, Job]:
     )
     parts = Parts(
         config=config, model=model, policy=policy, conditioner=Conditioner(model), optimizer=optimizer,
-        rewards=rewards, prompts=prompts,
+        rewards=rewards, pool=PromptPool(prompts, config.pool, config.seed, pool_of(config)),
     )  # fmt: skip
     job = Job(
         config=config, model=model, conditioner=parts.conditioner, trained={"policy": (policy, optimizer)},
-        watched=watched, heldout_prompts=heldout, iterate=partial(iteration, parts),
+        watched=watched, heldout_prompts=heldout, iterate=partial(iteration, parts), pool=parts.pool,
     )  # fmt: skip
     return parts, job
 
@@ -105,13 +105,13 @@ def iteration(parts: Parts, step: int) -> dict[str, float]:
     """One iteration of GRPO: draw prompts, sample groups, score them, update the policy. Returns flat metrics."""
     config = parts.config
     clock = Clock()
-    drawn = prompt_room.draw(parts.prompts, config.grpo.prompts, step - 1, config.seed)
+    drawn = parts.pool.draw(step, config.grpo.prompts)
     mine = distributed.share(len(drawn))
     sampled = rollout(
         parts.model, parts.policy, parts.conditioner, [p.text for p in drawn], config.grpo,
         _rollout_seed(config, step), mine,
     )  # fmt: skip
-    deviation = check_ratios(parts.policy, sampled, config.grpo) if step == 1 else math.nan
+    first = {"preflight/max_dev": check_ratios(parts.policy, sampled, config.grpo)} if step == 1 else {}
     size = parts.model.default_size
     images = Images(decode(parts.model, sampled.latents(), size, size).detach().cpu())
     clock.lap("rollout")
@@ -124,7 +124,12 @@ def iteration(parts: Parts, step: int) -> dict[str, float]:
         )  # fmt: skip
     values_PGK = distributed.gather_shares(scores.values_BK.unflatten(0, (len(mine), config.grpo.group)))
     gates = [(p.rubric or rubric_of(p.text)).gates for p in drawn]
-    advantages_PG, metrics = advantages(parts.rewards, values_PGK, method=config.combine, prompt_gates=gates)
+    if step == 1:
+        first |= parts.pool.measure_noise(parts.rewards, repeated[0], images[: config.grpo.group])
+    advantages_PG, metrics = advantages(
+        parts.rewards, values_PGK, method=config.combine, prompt_gates=gates, noise=parts.pool.noise
+    )
+    metrics |= parts.pool.record(step, parts.rewards, values_PGK, gates)
     advantages_B = advantages_PG[list(mine)].flatten().to(parts.model.device)
     clock.lap("reward")
 
@@ -143,7 +148,6 @@ def iteration(parts: Parts, step: int) -> dict[str, float]:
     clock.lap("train")
     seen = {f"sentinel/{name}": value for name, value in image_statistics(images.tensor).items()}
     seen["sentinel/diversity"] = float(diversity(images.tensor.unflatten(0, (len(mine), -1))).mean())
-    first = {} if math.isnan(deviation) else {"preflight/max_dev": deviation}
     own = {**trained, **judged, **seen, **first, **clock.times()}
     common = {**_renamed(metrics), **_rubric_metrics(scores.details)}
     return {**distributed.joint_metrics(own, _JOINT), **common, "lr": lr}
