@@ -20,7 +20,7 @@ class RunConfig:
     rewards: str | tuple[dict[str, object], ...] = "rubric,artifact"
     """Rewards and weights, "rubric:2,artifact,my_rewards.py:neon", or a list with options."""
     prompts: str | None = None
-    """Training prompts: .txt, .jsonl, .yaml, .parquet, a folder of a dataset, a pool (.sqlite); None: the playground's."""
+    """Training prompts: .txt, .jsonl, .yaml, .parquet, a dataset's folder, a pool (.sqlite); None: the playground's."""
     eval_prompts: str | None = None
     """File of held-out prompts, as above; None: the playground's, or a share of `prompts`."""
     steps: int = 60
