@@ -427,7 +427,7 @@ def test_the_metrics_of_a_run_by_hand() -> None:
 def test_near_duplicates_are_found_unless_they_ask_for_different_things() -> None:
     texts = [
         "a wide photograph of a quiet harbour at dawn with a red boat",
-        "a wide photograph of the quiet harbour at dawn with a red boat",
+        "a quiet harbour at dawn with a red boat, wide photograph",
         "a wide photograph of a quiet harbour at dawn with a blue boat",
         "two stars above a green cross on grey",
         "three stars above a green cross on grey",
