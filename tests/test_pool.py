@@ -238,6 +238,12 @@ def test_what_is_there_in_another_spelling_is_not_added_again(tmp_path: Path) ->
     assert found == [("A red cat.", "test"), ("a dog", "test"), ("a bird", "more")]
 
 
+def test_a_rubric_is_taken_over_where_there_was_none(tmp_path: Path) -> None:
+    file = pool_of(tmp_path / "p.sqlite", "a red cat")
+    assert file.add([("A red cat", "first"), ("a red cat", "second")], "more") == (0, 2)
+    assert [(e.text, e.rubric) for e in file.entries()] == [("a red cat", "first")]
+
+
 def test_normal_forms() -> None:
     assert normal_form("A Red\tCAT ,") == "a red cat"
     assert normal_form("a sign “OPEN”") != normal_form("a sign “open”")  # they are to be drawn as they are

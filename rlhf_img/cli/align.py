@@ -66,6 +66,8 @@ def grpo(
 
         rlhf-img grpo --start runs/dpo --rewards rubric,artifact
 
+        rlhf-img grpo --prompts pool.sqlite pool.curriculum=true
+
         rlhf-img grpo --out runs/first --resume
     """
     if show_settings:

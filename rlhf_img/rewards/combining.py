@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rlhf_img.errors import RlhfImgError, did_you_mean
 from rlhf_img.rewards.protocol import Reward
-from rlhf_img.rewards.signal import group_std, mute
+from rlhf_img.rewards.signal import mute
 from rlhf_img.rubrics.schema import Gate
 
 Metrics = dict[str, float]
@@ -169,8 +169,8 @@ def advantages(
     noises = values.new_tensor([(noise or {}).get(rewards[k].name, 0.0) for k in objectives])
     heard = mute(gated[..., objectives], noises)
     result, metrics = METHODS[method](heard, weights, floors)
-    below = (group_std(gated[..., objectives]) <= noises).double().mean(dim=0).tolist()
-    quiet = {f"reward/{rewards[k].name}/below_noise": s for k, s, n in zip(objectives, below, noises, strict=True) if n}
+    muted = (heard.isnan() & ~gated[..., objectives].isnan()).any(dim=1).double().mean(dim=0).tolist()
+    quiet = {f"reward/{rewards[k].name}/below_noise": s for k, s, n in zip(objectives, muted, noises, strict=True) if n}
     return result, describe(rewards, values) | gate_metrics | quiet | metrics
 
 

@@ -1,7 +1,9 @@
 """Prompts by what they are about: embeddings, and clusters of them that are as fine for rare things as for common."""
 
 import importlib.util
-from collections.abc import Callable, Iterable, Sequence
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -95,18 +97,14 @@ def _unit(vectors: npt.NDArray[np.floating]) -> Vectors:
     return np.asarray(vectors / np.where(lengths > 0, lengths, 1.0), np.float32)
 
 
-def typical_words(texts: Iterable[str], others: Iterable[str], count: int = 4) -> list[str]:
-    """Words of `texts` that are rarer in all `others`: a name for a cluster."""
-    mine, all_words = _documents(texts), _documents(others)
-    total, everyone = max(mine.values(), default=1), sum(all_words.values())
-    rated = {word: n / total * np.log(everyone / all_words[word]) for word, n in mine.items()}
+def typical_words(texts: Sequence[str], everything: Sequence[str], count: int = 4) -> list[str]:
+    """Words that more of `texts` have than of `everything`, which contains them: a name for a cluster."""
+    mine, common = _shares(texts), _shares(everything)
+    rated = {word: share * np.log(share / common[word]) for word, share in mine.items() if share > common[word]}
     return sorted(rated, key=lambda word: (-rated[word], word))[:count]
 
 
-def _documents(texts: Iterable[str]) -> dict[str, int]:
-    """In how many texts each word is."""
-    counts: dict[str, int] = {}
-    for text in texts:
-        for word in set(text.lower().replace(",", " ").split()):
-            counts[word] = counts.get(word, 0) + 1
-    return counts
+def _shares(texts: Sequence[str]) -> dict[str, float]:
+    """Which share of texts each word is in."""
+    counts = Counter(word for text in texts for word in set(re.findall(r"\w+", text.lower())))
+    return {word: n / len(texts) for word, n in counts.items()}

@@ -61,13 +61,13 @@ def coverage(pool: PoolFile, config: PoolConfig) -> list[ClusterView]:
         return []
     stats, labels_N = pool.statistics([entry.id for entry in active]), _clusters(active)
     weights_N = sampling_weights(stats, labels_N, pool.clock, config)
-    everyone = [entry.text for entry in active]
+    texts = [entry.text for entry in active]
     views = []
     for label in np.unique(labels_N).tolist():
         rows = np.flatnonzero(labels_N == label)
         views.append(ClusterView(
             label, len(rows), len(rows) / len(active), float(weights_N[rows].sum()), int(stats.groups_N[rows].sum()),
-            *_known(stats, rows), typical_words([everyone[i] for i in rows], everyone),
+            *_known(stats, rows), typical_words([texts[i] for i in rows], texts),
         ))  # fmt: skip
     return sorted(views, key=lambda view: -view.prompts)
 

@@ -30,7 +30,7 @@ _PATIENCE_S = 30.0
 """How long a transaction waits for another process's."""
 _SCHEMA = (
     """CREATE TABLE prompts (
-        id INTEGER PRIMARY KEY, text TEXT NOT NULL UNIQUE, normal TEXT NOT NULL UNIQUE, rubric TEXT,
+        id INTEGER PRIMARY KEY, text TEXT NOT NULL, normal TEXT NOT NULL UNIQUE, rubric TEXT,
         source TEXT NOT NULL, cluster INTEGER NOT NULL DEFAULT 0, retired TEXT,
         groups INTEGER NOT NULL DEFAULT 0, score REAL, variance REAL NOT NULL DEFAULT 0,
         flat INTEGER NOT NULL DEFAULT 0, last INTEGER NOT NULL DEFAULT 0)""",
@@ -82,18 +82,20 @@ class PoolFile:
         return cls(path)
 
     def add(self, prompts: Iterable[tuple[str, str | None]], source: str) -> tuple[int, int]:
-        """Adds (text, rubric as YAML or None), all or none; what is there, perhaps spelt otherwise, stays.
+        """Adds (text, rubric as YAML or None), all or none. What is there, perhaps spelt otherwise, stays, and gets the
+        rubric if it has none.
 
         Returns how many were added and how many were there.
         """
         rows = [(text, normal_form(text), rubric, source) for text, rubric in prompts]
         with self._writing() as connection:
-            before = connection.total_changes
+            (before,) = connection.execute("SELECT count(*) FROM prompts").fetchone()
             connection.executemany(
-                "INSERT OR IGNORE INTO prompts (text, normal, rubric, source) VALUES (?, ?, ?, ?)", rows
-            )
-            added = connection.total_changes - before
-        return added, len(rows) - added
+                "INSERT INTO prompts (text, normal, rubric, source) VALUES (?, ?, ?, ?) "
+                "ON CONFLICT (normal) DO UPDATE SET rubric = coalesce(rubric, excluded.rubric)", rows,
+            )  # fmt: skip
+            (after,) = connection.execute("SELECT count(*) FROM prompts").fetchone()
+        return after - before, len(rows) - (after - before)
 
     def entries(self, *, retired: bool = False) -> list[Entry]:
         """Its prompts in the order in which they came, with `retired` also those that are."""
@@ -145,16 +147,19 @@ class PoolFile:
                 connection.execute("VACUUM INTO ?", (str(hidden),))
             with closing(_connect(hidden)) as copy, _transaction(copy, "IMMEDIATE"):
                 copy.execute("INSERT OR REPLACE INTO facts VALUES ('origin', ?)", (str(self.path.resolve()),))
+            with open(hidden, "rb") as written:
+                os.fsync(written.fileno())
             os.replace(hidden, target)
 
     def publish(self, run: str, step: int, observed: Sequence[Observed]) -> None:
         """Adds what the groups of a run have shown up to its iteration `step`. What was added before is passed over."""
         with self._writing() as connection:
             row = connection.execute("SELECT step FROM runs WHERE run = ?", (run,)).fetchone()
-            done, clock = row[0] if row else 0, connection.execute("SELECT value FROM facts WHERE name = 'clock'")
-            base = clock.fetchone()[0] - done
+            done = row[0] if row else 0
             if step <= done:
                 return
+            (clock,) = connection.execute("SELECT value FROM facts WHERE name = 'clock'").fetchone()
+            base = clock - done
             new = [item for item in observed if item[0] > done]
             ids = sorted({id for _, id, _ in new})
             known, rows = _statistics(connection, ids), {id: row for row, id in enumerate(ids)}
@@ -213,7 +218,8 @@ def _transaction(connection: sqlite3.Connection, kind: str) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        connection.execute("ROLLBACK")
+        if connection.in_transaction:  # a full disk has ended it already
+            connection.execute("ROLLBACK")
         raise
     connection.execute("COMMIT")
 

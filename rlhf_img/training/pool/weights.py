@@ -157,7 +157,7 @@ def draw_weighted(weights_N: Floats, count: int, rng: np.random.Generator) -> li
 
     Those of weight 0 are never drawn. If there are fewer than `count`, all come once, then again in another order.
     """
-    most = np.count_nonzero(weights_N)
+    most = int(np.count_nonzero(weights_N))
     drawn: list[int] = []
     while len(drawn) < count:
         some = min(count - len(drawn), most)
