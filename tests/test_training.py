@@ -244,6 +244,8 @@ def test_a_run_stops_where_its_judge_fails_too_often(
         (["grpo.group=1"], "grpo.group must be 2 or more"),
         (["--rewards", "rubrik"], 'did you mean "rubric"'),
         (["--prompts", "nowhere.txt"], "nowhere.txt"),
+        (["--prompts", "nowhere.sqlite"], "rlhf-img prompts add nowhere.sqlite"),
+        (["pool.explore=0"], "pool.explore is a share above 0"),
         (["--model", "nowhere/at/all"], "nowhere/at/all"),
         (["--rewards", "rubric", "eval.rewards=rubric"], "another `name`"),
         (["tracker=tensorbord"], "tensorboard"),

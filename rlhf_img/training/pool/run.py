@@ -72,7 +72,8 @@ class PromptPool:
         """source: the pool that the prompts were read from, if it was one, whose knowledge of them is the start."""
         self._prompts, self._config, self._seed = list(prompts), config, seed
         self._stats, self._cluster_N = Statistics.unknown(len(prompts)), np.zeros(len(prompts), np.int64)
-        self._clock, self._ids, self._origin = 0, list[int](), None
+        self._clock, self._ids = 0, list[int]()
+        self._origin: Path | None = None
         if source is not None:
             self._open(PoolFile(source))
         self.noise: dict[str, float] = {}
