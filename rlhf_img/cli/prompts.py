@@ -21,7 +21,7 @@ app = typer.Typer(
 )
 
 _PLAYGROUND = "playground"
-_BAR = 20
+_BAR = 12
 _Pool = Annotated[Path, typer.Argument(metavar="POOL", help="The pool's file, such as pool.sqlite.")]
 _AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -220,6 +220,7 @@ def coverage(
     from rich.table import Table
 
     table = Table("cluster", "prompts", "of all", "", "of draws", "groups", "difficulty", "spread", "words")
+    table.columns[3].min_width = _BAR
     widest = max((view.share for view in views), default=1.0)
     for v in views:
         table.add_row(
