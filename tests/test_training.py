@@ -193,7 +193,7 @@ def test_what_the_judge_did_is_in_every_row_and_its_id_in_every_score(
     asked = [row["judge/calls"] - (16 if "judge/drift" in row else 0) for row in lines(out)]
     assert asked == [15, 15] and all(row["judge/failed"] == 0 for row in lines(out))
     drifts = [row["judge/drift"] for row in lines(out) if "judge/drift" in row]
-    assert drifts == [0.0] and "judge/seconds_p95" in lines(out)[0]
+    assert set(drifts) == {0.0} and "judge/seconds_p95" in lines(out)[0]
     samples = json.loads((out / "samples" / "after" / "samples.json").read_text())
     assert all(r["evidence"].startswith("fake: P(yes)") for s in samples for r in s["requirements"])
 
@@ -249,6 +249,8 @@ def test_a_run_stops_where_its_judge_fails_too_often(
         (["grpo.group=1"], "grpo.group must be 2 or more"),
         (["--rewards", "rubrik"], 'did you mean "rubric"'),
         (["--prompts", "nowhere.txt"], "nowhere.txt"),
+        (["--prompts", "nowhere.sqlite"], "rlhf-img prompts add nowhere.sqlite"),
+        (["pool.explore=0"], "pool.explore is a share above 0"),
         (["--model", "nowhere/at/all"], "nowhere/at/all"),
         (["--rewards", "rubric", "eval.rewards=rubric"], "another `name`"),
         (["tracker=tensorbord"], "tensorboard"),
@@ -343,6 +345,7 @@ def test_several_processes_do_what_one_does(files: Path, tmp_path: Path, process
         out = tmp_path / str(count)
         rewards = f"{files / 'bright.py'}:bright,rubric"
         more = "steps=2", "eval.diversity_prompts=4", "--rewards", rewards, "--processes", str(count)
+        more += ("pool.curriculum=true",)
         subprocess.run(command(files, out, *more), check=True, stdout=subprocess.DEVNULL)
         found.append((lines(out), json.loads((out / "eval.json").read_text()), files_of(out)))
     (one, one_eval, one_files), (many, many_eval, many_files) = found

@@ -44,6 +44,8 @@ _ONLINE_HELP = {
 
         rlhf-img grpo --start runs/dpo --rewards rubric,artifact
 
+        rlhf-img grpo --prompts pool.sqlite pool.curriculum=true
+
         rlhf-img grpo --out runs/first --resume
     """,
     "nft": """Align a model with DiffusionNFT: as grpo, but good and bad images are fitted without a likelihood.
@@ -76,7 +78,7 @@ def online(algorithm: str) -> Callable[..., None]:
             str | None, typer.Option(help='"playground" (ships with the package), a diffusers folder, or a hub id.')
         ] = None,
         start: _Start = None,
-        prompts: Annotated[Path | None, typer.Option(help="Training prompts: .txt, .jsonl or .yaml.")] = None,
+        prompts: Annotated[Path | None, typer.Option(help="Training prompts: a file, a dataset or a pool.")] = None,
         eval_prompts: Annotated[Path | None, typer.Option(help="Held-out prompts, in the same formats.")] = None,
         config: _RunFile = None,
         out: Annotated[Path | None, typer.Option(help="The run's folder [default: runs/ALGORITHM-DATE-TIME].")] = None,
@@ -174,7 +176,7 @@ def tdm(
         typer.Option(help='"playground", a diffusers folder, or a hub id [default: that of the teacher\'s run].'),
     ] = None,
     rewards: Annotated[str | None, typer.Option(metavar="SPEC", help="What measures; it does not train.")] = None,
-    prompts: Annotated[Path | None, typer.Option(help="Training prompts: .txt, .jsonl or .yaml.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="Training prompts: a file, a dataset or a pool.")] = None,
     eval_prompts: Annotated[Path | None, typer.Option(help="Held-out prompts, in the same formats.")] = None,
     config: _RunFile = None,
     out: Annotated[Path | None, typer.Option(help="The run's folder [default: runs/tdm-DATE-TIME].")] = None,
@@ -297,6 +299,7 @@ def _run(algorithm: str, given: dict[str, Any], out: Path | None, resume: bool, 
     from rlhf_img.report import build
     from rlhf_img.training import distributed
     from rlhf_img.training.loop import train
+    from rlhf_img.training.pool.run import with_own_pool
 
     if resume and out is None:
         raise RlhfImgError("--resume needs --out with the folder of the run to go on with")
@@ -308,7 +311,7 @@ def _run(algorithm: str, given: dict[str, Any], out: Path | None, resume: bool, 
         console = Console(stderr=as_json, quiet=not first)
         with distributed.open_run(out, resume=resume) as run:
             config = _config(room.Config, run, given, resume)
-            _, job = room.prepare(config)
+            _, job = room.prepare(with_own_pool(config, run))
             run.write_config({
                 "algorithm": algorithm, "command": shlex.join(["rlhf-img", *sys.argv[1:]]), "seed": config.seed,
                 "config": to_mapping(config), "processes": distributed.world(), "versions": versions(),

@@ -9,7 +9,20 @@ from typing import Annotated
 import typer
 
 from rlhf_img import __version__
-from rlhf_img.cli import align, annotate, doctor, evaluation, export, look, pairs, playground, report, reward, rubric
+from rlhf_img.cli import (
+    align,
+    annotate,
+    doctor,
+    evaluation,
+    export,
+    look,
+    pairs,
+    playground,
+    prompts,
+    report,
+    reward,
+    rubric,
+)
 from rlhf_img.errors import RlhfImgError
 
 app = typer.Typer(
@@ -39,6 +52,7 @@ app.command("annotate")(annotate.annotate)
 app.command("doctor")(doctor.doctor)
 app.add_typer(evaluation.app, name="eval")
 app.add_typer(pairs.app, name="pairs")
+app.add_typer(prompts.app, name="prompts")
 app.add_typer(rubric.app, name="rubric")
 app.add_typer(reward.app, name="reward")
 app.add_typer(playground.app, name="playground")

@@ -3,6 +3,7 @@
 from rlhf_img.rewards.combining import METHODS, advantages, apply_gates, describe, gdpo, weighted_sum
 from rlhf_img.rewards.loading import known_rewards, load_rewards
 from rlhf_img.rewards.protocol import Images, Reward, Scores, Verdict, score
+from rlhf_img.rewards.signal import learnable, repeat_noise
 
 __all__ = [
     "METHODS",
@@ -15,7 +16,9 @@ __all__ = [
     "describe",
     "gdpo",
     "known_rewards",
+    "learnable",
     "load_rewards",
+    "repeat_noise",
     "score",
     "weighted_sum",
 ]

@@ -5,7 +5,7 @@ without a value from a reward gets advantage 0 from it.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from jaxtyping import Float
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from rlhf_img.errors import RlhfImgError, did_you_mean
 from rlhf_img.rewards.protocol import Reward
+from rlhf_img.rewards.signal import mute
 from rlhf_img.rubrics.schema import Gate
 
 Metrics = dict[str, float]
@@ -147,11 +148,14 @@ def advantages(
     *,
     method: str = "gdpo",
     prompt_gates: Sequence[Sequence[Gate]] | None = None,
+    noise: Mapping[str, float] | None = None,
 ) -> tuple[Float[Tensor, "P G"], Metrics]:
     """From raw rewards to advantages: gates, then the objectives combined by a method of `METHODS`.
 
-    K follows `rewards`. Returns advantages (P, G), finite, and flat metrics for the log. Raises RlhfImgError for an
-    unknown method or a run without an objective.
+    K follows `rewards`. noise: measured repeat noise by reward, in its units (see `signal.repeat_noise`): a group in
+    which a reward's spread is not above it gets no advantage from this reward; `reward/<name>/below_noise` is the share
+    of such groups. Returns advantages (P, G), finite, and flat metrics for the log. Raises RlhfImgError for an unknown
+    method or a run without an objective.
     """
     if method not in METHODS:
         raise RlhfImgError(f'no way of combining rewards is called "{method}"; {did_you_mean(method, METHODS)}')
@@ -162,8 +166,12 @@ def advantages(
     gated, gate_metrics = apply_gates(values, rewards, prompt_gates)
     weights = values.new_tensor([rewards[k].weight for k in objectives])
     floors = values.new_tensor([rewards[k].floor for k in objectives])
-    result, metrics = METHODS[method](gated[..., objectives], weights, floors)
-    return result, describe(rewards, values) | gate_metrics | metrics
+    noises = values.new_tensor([(noise or {}).get(rewards[k].name, 0.0) for k in objectives])
+    heard = mute(gated[..., objectives], noises)
+    result, metrics = METHODS[method](heard, weights, floors)
+    muted = (heard.isnan() & ~gated[..., objectives].isnan()).any(dim=1).double().mean(dim=0).tolist()
+    quiet = {f"reward/{rewards[k].name}/below_noise": s for k, s, n in zip(objectives, muted, noises, strict=True) if n}
+    return result, describe(rewards, values) | gate_metrics | quiet | metrics
 
 
 def describe(rewards: Sequence[Reward], rewards_PGK: Float[Tensor, "P G K"]) -> Metrics:

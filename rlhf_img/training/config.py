@@ -20,9 +20,9 @@ class RunConfig:
     rewards: str | tuple[dict[str, object], ...] = "rubric,artifact"
     """Rewards and weights, "rubric:2,artifact,my_rewards.py:neon", or a list with options."""
     prompts: str | None = None
-    """File of training prompts (.txt, .jsonl, .yaml); None: the playground's own."""
+    """Training prompts: .txt, .jsonl, .yaml, .parquet, a dataset's folder, a pool (.sqlite); None: the playground's."""
     eval_prompts: str | None = None
-    """File of held-out prompts; None: the playground's, or a share of `prompts`."""
+    """File of held-out prompts, as above; None: the playground's, or a share of `prompts`."""
     steps: int = 60
     """Iterations."""
     seed: int = 0

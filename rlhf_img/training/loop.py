@@ -26,6 +26,7 @@ from rlhf_img.training.config import RunConfig
 from rlhf_img.training.evaluate import EVAL_SEED, EvalConfig, Evaluation, compare, evaluate, summarise
 from rlhf_img.training.export import LORA, WEIGHTS
 from rlhf_img.training.panel import Best, Panel
+from rlhf_img.training.pool.run import PromptPool
 from rlhf_img.training.prompts import Prompt
 from rlhf_img.training.rundir import RunDir
 from rlhf_img.training.samples import Drawn, draw, write_samples
@@ -57,6 +58,8 @@ class Job:
     """What else is measured once training is done, given what "after" drew and scored: written to card.json."""
     panel: Panel | None = None
     """What tells when the policy was best and when to stop; None: it is trained to the end and kept as it is then."""
+    pool: PromptPool | None = None
+    """What draws the prompts, if it learns from what is drawn."""
     notes: tuple[str, ...] = ()
     """What a user should read before training begins."""
 
@@ -96,7 +99,9 @@ def train(job: Job, run: RunDir, console: Console) -> dict[str, Any]:
             tracker.log(metrics, step)
             progress.update(task, completed=step, note=_note(metrics))
             if step % config.checkpoint_every == 0 or step == config.steps or best.exhausted:
-                run.save_checkpoint(step, partial(save_state, trained=job.trained, step=step))
+                run.save_checkpoint(step, partial(save_state, trained=job.trained, step=step, pool=job.pool))
+                if job.pool is not None:
+                    job.pool.publish()
             sampled = config.sample_every and step % config.sample_every == 0 and step < config.steps
             if sampled and distributed.is_first():
                 _save_samples(job, run, f"step_{step:06d}")
@@ -166,7 +171,7 @@ def train_and_heldout(config: RunConfig) -> tuple[list[Prompt], list[Prompt]]:
         heldout = heldout or prompt_room.from_playground("heldout", config.eval.prompts)
     else:
         raise RlhfImgError(
-            f'the model "{config.model}" needs prompts: give --prompts FILE (.txt, .jsonl or .yaml); '
+            f'the model "{config.model}" needs prompts: give --prompts FILE ({prompt_room.FORMATS}); '
             "only the playground brings its own"
         )
     return train_prompts, heldout[: config.eval.prompts]
@@ -174,7 +179,9 @@ def train_and_heldout(config: RunConfig) -> tuple[list[Prompt], list[Prompt]]:
 
 def _restore(job: Job, run: RunDir) -> int:
     latest = run.latest_checkpoint()
-    done = load_state(latest.path, job.trained) if latest else 0
+    done = load_state(latest.path, job.trained, job.pool) if latest else 0
+    if job.pool is not None:
+        job.pool.publish()  # of a run that was killed between its checkpoint and this
     run.truncate_metrics(done)
     return done
 

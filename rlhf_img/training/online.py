@@ -1,7 +1,7 @@
 """What runs of online algorithms share: settings, parts, and one iteration of drawing, scoring and learning."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -20,11 +20,11 @@ from rlhf_img.rewards import Images, Reward, advantages, load_rewards, score
 from rlhf_img.rewards.rubric import rubric_of
 from rlhf_img.rubrics.scoring import RubricResult
 from rlhf_img.training import distributed
-from rlhf_img.training import prompts as prompt_room
 from rlhf_img.training.adapters import begin_policy
 from rlhf_img.training.config import RunConfig
 from rlhf_img.training.loop import Clock, Job, open_model, train_and_heldout, watched_rewards
-from rlhf_img.training.prompts import Prompt
+from rlhf_img.training.pool.run import PromptPool, pool_of
+from rlhf_img.training.pool.weights import PoolConfig
 from rlhf_img.training.sentinels import diversity, image_statistics
 
 _JOINT: dict[str, Callable[[list[float]], float]] = {"ratio/max_dev": max, "preflight/max_dev": max}
@@ -43,6 +43,7 @@ class OnlineConfig(RunConfig):
     """How rewards become one advantage: "gdpo" normalises each by its group first, "sum" adds them as they are."""
     max_unscored: float = 0.5
     """The run stops if a reward leaves more than this share of an iteration unscored."""
+    pool: PoolConfig = field(default_factory=PoolConfig)
 
     def __post_init__(self) -> None:
         """Raises RlhfImgError for values out of range."""
@@ -80,7 +81,7 @@ class Parts:
     conditioner: Conditioner
     optimizer: torch.optim.Optimizer
     rewards: list[Reward]
-    prompts: list[Prompt]
+    pool: PromptPool
 
 
 Learn = Callable[[Parts, Rollout, Tensor, int], dict[str, float]]
@@ -100,11 +101,11 @@ def prepare(config: OnlineConfig, learn: Learn) -> tuple[Parts, Job]:
     )
     parts = Parts(
         config=config, model=model, policy=policy, conditioner=Conditioner(model), optimizer=optimizer,
-        rewards=rewards, prompts=prompts,
+        rewards=rewards, pool=PromptPool(prompts, config.pool, config.seed, pool_of(config)),
     )  # fmt: skip
     job = Job(
         config=config, model=model, conditioner=parts.conditioner, trained={"policy": (policy, optimizer)},
-        watched=watched, heldout_prompts=heldout, iterate=partial(iteration, parts, learn),
+        watched=watched, heldout_prompts=heldout, iterate=partial(iteration, parts, learn), pool=parts.pool,
     )  # fmt: skip
     return parts, job
 
@@ -113,7 +114,7 @@ def iteration(parts: Parts, learn: Learn, step: int) -> dict[str, float]:
     """One iteration: draw prompts, sample groups, score them, learn. Returns flat metrics."""
     config, method = parts.config, parts.config.method
     clock = Clock()
-    drawn = prompt_room.draw(parts.prompts, method.prompts, step - 1, config.seed)
+    drawn = parts.pool.draw(step, method.prompts)
     mine = distributed.share(len(drawn))
     sampled = rollout(
         parts.model, parts.policy, parts.conditioner, [p.text for p in drawn], method,
@@ -131,7 +132,11 @@ def iteration(parts: Parts, learn: Learn, step: int) -> dict[str, float]:
         )  # fmt: skip
     values_PGK = distributed.gather_shares(scores.values_BK.unflatten(0, (len(mine), method.group)))
     gates = [(p.rubric or rubric_of(p.text)).gates for p in drawn]
-    advantages_PG, metrics = advantages(parts.rewards, values_PGK, method=config.combine, prompt_gates=gates)
+    noise = parts.pool.measure_noise(parts.rewards, repeated[0], images[: method.group]) if step == 1 else {}
+    advantages_PG, metrics = advantages(
+        parts.rewards, values_PGK, method=config.combine, prompt_gates=gates, noise=parts.pool.noise
+    )
+    metrics |= parts.pool.record(step, parts.rewards, values_PGK, gates)
     advantages_B = advantages_PG[list(mine)].flatten().to(parts.model.device)
     clock.lap("reward")
 
@@ -148,7 +153,7 @@ def iteration(parts: Parts, learn: Learn, step: int) -> dict[str, float]:
     clock.lap("train")
     seen = {f"sentinel/{name}": value for name, value in image_statistics(images.tensor).items()}
     seen["sentinel/diversity"] = float(diversity(images.tensor.unflatten(0, (len(mine), -1))).mean())
-    own = {**trained, **judged, **seen, **clock.times()}
+    own = {**trained, **judged, **seen, **noise, **clock.times()}
     common = {**_renamed(metrics), **_rubric_metrics(scores.details)}
     return {**distributed.joint_metrics(own, _JOINT), **common, "lr": lr}
 

@@ -1,16 +1,21 @@
 """Prompts in: from a file or the playground, and which of them an iteration gets."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from rlhf_img.errors import RlhfImgError, did_you_mean
 from rlhf_img.playground.data import prompts as playground_prompts
 from rlhf_img.playground.scene import Split
 from rlhf_img.rubrics import Rubric, load_rubrics
+from rlhf_img.rubrics.files import parse_rubrics
+from rlhf_img.training.pool.store import SUFFIX, Entry, PoolFile
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,27 +31,43 @@ def from_playground(split: Split, count: int) -> list[Prompt]:
     return [Prompt(text) for text in playground_prompts(split, count)]
 
 
-def read_prompts(path: Path) -> list[Prompt]:
-    """Prompts of a file: .txt (one a line), .jsonl (objects with "prompt") or .yaml (rubrics with "prompt").
+FORMATS = ".txt, .jsonl, .yaml, .parquet, a dataset's folder, or a pool (.sqlite)"
 
-    Raises RlhfImgError if the file is missing, of another kind, empty or holds a line that cannot be used.
+
+def read_prompts(path: Path, column: str = "prompt") -> list[Prompt]:
+    """Prompts of a file: .txt (one a line), .jsonl (objects with "prompt"), .yaml (rubrics with "prompt"), .parquet (a
+    column "prompt"), a folder of these or of a dataset that `datasets` saved, or a prompt pool (.sqlite).
+
+    column: its name in .jsonl and datasets. Raises RlhfImgError if the file is missing, of another kind, empty or holds
+    a line that cannot be used.
     """
-    readers = {".txt": _read_lines, ".jsonl": _read_jsonl, ".yaml": _read_rubrics, ".yml": _read_rubrics}
-    if path.suffix not in readers:
-        raise RlhfImgError(f'prompts are read from .txt, .jsonl or .yaml files; got "{path}"')
-    if not path.is_file():
-        raise RlhfImgError(f'there is no prompts file "{path}"; give the path of a .txt, .jsonl or .yaml file')
-    found = [p for p in readers[path.suffix](path) if p.text.strip()]
+    readers: dict[str, Callable[[Path], list[Prompt]]] = {
+        ".txt": _read_lines, ".jsonl": partial(_read_jsonl, column=column), ".yaml": _read_rubrics,
+        ".yml": _read_rubrics, ".parquet": partial(_read_dataset, column=column), SUFFIX: _read_pool,
+    }  # fmt: skip
+    reader = partial(_read_dataset, column=column) if path.is_dir() else readers.get(path.suffix)
+    if reader is None:
+        raise RlhfImgError(f'prompts are read from {FORMATS}; got "{path}"')
+    if not path.exists():
+        raise RlhfImgError(f'there is no prompts file "{path}"; give the path of {FORMATS}')
+    found = [p for p in reader(path) if p.text.strip()]
     if not found:
         raise RlhfImgError(f'the prompts file "{path}" is empty; it needs at least one prompt')
     return list({p.text: p for p in found}.values())
+
+
+def of_entry(entry: Entry) -> Prompt:
+    """A prompt of a pool."""
+    if entry.rubric is None:
+        return Prompt(entry.text)
+    return Prompt(entry.text, parse_rubrics(entry.rubric, f"the rubric of prompt {entry.id}")[0])
 
 
 def _read_lines(path: Path) -> list[Prompt]:
     return [Prompt(line.strip()) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def _read_jsonl(path: Path) -> list[Prompt]:
+def _read_jsonl(path: Path, column: str) -> list[Prompt]:
     found = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         if not line.strip():
@@ -55,15 +76,45 @@ def _read_jsonl(path: Path) -> list[Prompt]:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise RlhfImgError(f"{path}, line {number}: not JSON ({error.msg}); give one object a line") from error
-        if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
-            hint = did_you_mean("prompt", row) if isinstance(row, dict) and row else "it is no object"
-            raise RlhfImgError(f'{path}, line {number}: each line needs a "prompt" that is text; {hint}')
-        found.append(Prompt(row["prompt"]))
+        if not isinstance(row, dict) or not isinstance(row.get(column), str):
+            hint = did_you_mean(column, row) if isinstance(row, dict) and row else "it is no object"
+            raise RlhfImgError(f'{path}, line {number}: each line needs a "{column}" that is text; {hint}')
+        found.append(Prompt(row[column]))
     return found
 
 
 def _read_rubrics(path: Path) -> list[Prompt]:
     return [Prompt(rubric.prompt, rubric) for rubric in load_rubrics(path)]
+
+
+def _read_dataset(path: Path, column: str) -> list[Prompt]:
+    """A Parquet file, or the files of a folder: Parquet, or the Arrow streams of `datasets`' save_to_disk."""
+    files = [path] if path.is_file() else sorted(path.glob("*.parquet")) or sorted(path.glob("*.arrow"))
+    if not files:
+        raise RlhfImgError(f"{path} holds no .parquet or .arrow file; give a dataset's folder with one split")
+    return [Prompt(text.strip()) for file in files for text in _texts(file, column)]
+
+
+def _texts(file: Path, column: str) -> list[str]:
+    try:
+        if file.suffix == ".parquet":
+            parquet = pq.ParquetFile(file)
+            schema = parquet.schema_arrow
+        else:
+            stream = pa.ipc.open_stream(file)
+            schema = stream.schema
+        if column not in schema.names:
+            raise RlhfImgError(f'{file} has no column "{column}"; {did_you_mean(column, schema.names)}')
+        if not pa.types.is_string(kind := schema.field(column).type) and not pa.types.is_large_string(kind):
+            raise RlhfImgError(f'{file}: the column "{column}" holds {kind} and no text; say which does with --column')
+        table = parquet.read([column]) if file.suffix == ".parquet" else stream.read_all()
+    except (OSError, pa.ArrowException) as error:
+        raise RlhfImgError(f"{file} is no readable dataset: {str(error).splitlines()[0]}") from error
+    return [text for text in table[column].to_pylist() if text is not None]
+
+
+def _read_pool(path: Path) -> list[Prompt]:
+    return [of_entry(entry) for entry in PoolFile(path).entries()]
 
 
 def split_heldout(prompts: Sequence[Prompt], share: float, seed: int) -> tuple[list[Prompt], list[Prompt]]:

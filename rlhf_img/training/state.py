@@ -11,17 +11,18 @@ from torch import Tensor
 from rlhf_img.errors import RlhfImgError
 from rlhf_img.judges import load_canaries, save_canaries
 from rlhf_img.model.policy import Policy
+from rlhf_img.training.pool.run import PromptPool
 
 _CANARIES = "canaries.safetensors"
 Trained = Mapping[str, tuple[Policy, torch.optim.Optimizer]]
 """What is trained, by name, each with its optimiser."""
 
 
-def save_state(folder: Path, trained: Trained, step: int) -> None:
+def save_state(folder: Path, trained: Trained, step: int, pool: PromptPool | None = None) -> None:
     """Weights, their average, the optimiser's moments and the step, as safetensors and JSON.
 
-    Of the judges, what their canaries compare with. Nothing else has to be kept: prompts and noise depend on the seed
-    and the step alone.
+    Of the judges, what their canaries compare with, and what the prompt pool knows. Nothing else has to be kept: the
+    order of prompts and the noise depend on the seed, the step and the pool alone.
     """
     for role, (policy, optimizer) in trained.items():
         tensors = {f"weights/{name}": p.detach() for name, p in policy.parameters.items()}
@@ -31,13 +32,15 @@ def save_state(folder: Path, trained: Trained, step: int) -> None:
                 tensors[f"optimizer/{key}/{name}"] = torch.as_tensor(value)
         save_file({name: t.contiguous().cpu() for name, t in tensors.items()}, folder / f"{role}.safetensors")
     save_canaries(folder / _CANARIES)
+    if pool is not None:
+        pool.save(folder)
     (folder / "state.json").write_text(json.dumps({"step": step}))
 
 
-def load_state(folder: Path, trained: Trained) -> int:
+def load_state(folder: Path, trained: Trained, pool: PromptPool | None = None) -> int:
     """Restores what `save_state` wrote and returns the step.
 
-    Raises RlhfImgError if the checkpoint is of another model, adapter or optimiser.
+    Raises RlhfImgError if the checkpoint is of another model, adapter or optimiser, or of other prompts.
     """
     try:
         tensors = {role: load_file(folder / f"{role}.safetensors") for role in trained}
@@ -49,6 +52,8 @@ def load_state(folder: Path, trained: Trained) -> int:
     for role, (policy, optimizer) in trained.items():
         _load_role(folder, tensors[role], policy, optimizer)
     load_canaries(folder / _CANARIES)
+    if pool is not None:
+        pool.load(folder)
     return int(step)
 
 
