@@ -8,7 +8,7 @@ here=$(dirname "$0")
 out=${OUT:-runs/dpo-stpo}
 rlhf=${RLHF_IMG:-rlhf-img}
 python=${PYTHON:-python3}
-steps=${STEPS:-40}
+steps=${STEPS:-30}
 rl_steps=${RL_STEPS:-20}
 
 # A run that is not there is begun, one that was stopped is resumed, a finished one is left.
@@ -20,7 +20,8 @@ train() {  # algorithm, folder, what it is begun with
 }
 
 # shellcheck disable=SC2086  # settings are words
-$rlhf pairs make --out "$out/pairs" --group 8 --pairs 2 --setting steps=8 --min-margin 0.1 ${PAIRS:---count 896}
+$rlhf pairs make --out "$out/pairs" --strong steps=8,guidance=1 --weak steps=8 --group 3 --min-margin 0.25 \
+  ${PAIRS:---count 896}
 for seed in ${SEEDS:-0}; do
   for loss in ${LOSSES:-dpo stpo-mirror stpo-guard stpo-anchor ipo}; do
     train dpo "$out/$loss-$seed" --pairs "$out/pairs" --config "$here/run.yaml" --seed "$seed" "dpo.loss=$loss" \
