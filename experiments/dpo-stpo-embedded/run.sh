@@ -21,7 +21,7 @@ train() {  # algorithm, folder, what it is begun with
 
 # shellcheck disable=SC2086  # settings are words
 $rlhf pairs make --out "$out/pairs" --strong steps=8,guidance=1 --weak steps=8 --group 3 --min-margin 0.25 \
-  ${PAIRS:---count 896}
+  ${PAIRS:---count 1792}
 for seed in ${SEEDS:-0}; do
   for loss in ${LOSSES:-dpo stpo-mirror stpo-guard stpo-anchor ipo}; do
     train dpo "$out/$loss-$seed" --pairs "$out/pairs" --config "$here/run.yaml" --seed "$seed" "dpo.loss=$loss" \
