@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 
 from rlhf_img.errors import RlhfImgError, RunStopped
-from rlhf_img.rewards.protocol import Images, Reward, Verdict, score
+from rlhf_img.rewards.protocol import Images, Reward, Verdict
+from rlhf_img.rewards.scoring import score
 
 
 def make_images(n: int) -> Images:

@@ -2,13 +2,15 @@
 
 from rlhf_img.rewards.combining import METHODS, advantages, apply_gates, describe, gdpo, weighted_sum
 from rlhf_img.rewards.loading import known_rewards, load_rewards
-from rlhf_img.rewards.protocol import Images, Reward, Scores, Verdict, score
+from rlhf_img.rewards.protocol import Images, Reward, Scores, Verdict
+from rlhf_img.rewards.scoring import Scoring, score
 
 __all__ = [
     "METHODS",
     "Images",
     "Reward",
     "Scores",
+    "Scoring",
     "Verdict",
     "advantages",
     "apply_gates",

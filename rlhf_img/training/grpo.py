@@ -9,14 +9,14 @@ import torch
 
 from rlhf_img.algorithms import grpo
 from rlhf_img.algorithms.grpo import GRPOConfig
-from rlhf_img.algorithms.rollout import rollout
+from rlhf_img.algorithms.rollout import Batch, rollout
 from rlhf_img.errors import RlhfImgError, RunStopped
 from rlhf_img.judges import COUNTS, accounted
 from rlhf_img.model.conditioning import Conditioner
 from rlhf_img.model.loading import Model
 from rlhf_img.model.policy import Policy
 from rlhf_img.model.vae import decode
-from rlhf_img.rewards import Images, Reward, advantages, load_rewards, score
+from rlhf_img.rewards import Images, Reward, Scoring, advantages, load_rewards
 from rlhf_img.rewards.rubric import rubric_of
 from rlhf_img.rubrics.scoring import RubricResult
 from rlhf_img.training import distributed
@@ -107,21 +107,19 @@ def iteration(parts: Parts, step: int) -> dict[str, float]:
     clock = Clock()
     drawn = prompt_room.draw(parts.prompts, config.grpo.prompts, step - 1, config.seed)
     mine = distributed.share(len(drawn))
-    sampled = rollout(
-        parts.model, parts.policy, parts.conditioner, [p.text for p in drawn], config.grpo,
-        _rollout_seed(config, step), mine,
-    )  # fmt: skip
-    deviation = check_ratios(parts.policy, sampled, config.grpo) if step == 1 else math.nan
-    size = parts.model.default_size
-    images = Images(decode(parts.model, sampled.latents(), size, size).detach().cpu())
-    clock.lap("rollout")
-
     repeated = [drawn[i] for i in mine for _ in range(config.grpo.group)]
-    with accounted() as judged:
-        scores = score(
-            parts.rewards, [p.text for p in repeated], images, {"rubrics": [p.rubric for p in repeated]},
-            group_size=config.grpo.group, max_unscored=config.max_unscored,
+    with accounted() as judged, Scoring(
+        parts.rewards, len(repeated), [p.text for p in repeated], {"rubrics": [p.rubric for p in repeated]},
+        group_size=config.grpo.group,
+    ) as scoring:  # fmt: skip
+        sampled = rollout(
+            parts.model, parts.policy, parts.conditioner, [p.text for p in drawn], config.grpo,
+            _rollout_seed(config, step), mine, lambda batch: scoring.add(batch.rows_B, _decoded(parts.model, batch)),
         )  # fmt: skip
+        deviation = check_ratios(parts.policy, sampled, config.grpo) if step == 1 else math.nan
+        clock.lap("rollout")
+        scores = scoring.result(max_unscored=config.max_unscored)
+    images = scoring.images
     values_PGK = distributed.gather_shares(scores.values_BK.unflatten(0, (len(mine), config.grpo.group)))
     gates = [(p.rubric or rubric_of(p.text)).gates for p in drawn]
     advantages_PG, metrics = advantages(parts.rewards, values_PGK, method=config.combine, prompt_gates=gates)
@@ -147,6 +145,10 @@ def iteration(parts: Parts, step: int) -> dict[str, float]:
     own = {**trained, **judged, **seen, **first, **clock.times()}
     common = {**_renamed(metrics), **_rubric_metrics(scores.details)}
     return {**distributed.joint_metrics(own, _JOINT), **common, "lr": lr}
+
+
+def _decoded(model: Model, batch: Batch) -> Images:
+    return Images(decode(model, batch.final_BNC, model.default_size, model.default_size).detach().cpu())
 
 
 def _rollout_seed(config: RunConfig, step: int) -> int:
