@@ -57,7 +57,7 @@ class RemoteReward:
     """
 
     def __init__(self, url: str, options: Mapping[str, Any]) -> None:
-        """`url`, such as http://box:8131/artifact: the server's, and the reward's name there; options: see `RemoteConfig`.
+        """`url`, such as http://box:8131/artifact: server and the name there. options: the fields of `RemoteConfig`.
 
         Raises RlhfImgError if it cannot be reached, refuses the token, or has no such reward.
         """

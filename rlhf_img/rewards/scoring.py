@@ -97,7 +97,8 @@ class Scoring:
 
     def result(self, *, max_unscored: float = 0.5) -> Scores:
         """What the rewards say of the B images. Waits for those that are still being asked."""
-        found = self.verdicts()
+        answers = self._finish()
+        found = self._placed(answers)
         values = [[math.nan if v.value is None else v.value for v in verdicts] for verdicts in found.values()]
         scores = Scores(
             names=tuple(found),
@@ -105,22 +106,24 @@ class Scoring:
             details={name: tuple(v.details for v in verdicts) for name, verdicts in found.items()},
             unscored={name: dict(Counter(v.reason for v in verdicts if v.reason is not None))
                       for name, verdicts in found.items()},
-            seconds={name: max(a.ended for a in answers) - min(a.began for a in answers)
-                     for name, answers in self._answers.items()},
+            seconds={name: max(a.ended for a in of) - min(a.began for a in of) for name, of in answers.items()},
         )  # fmt: skip
         _stop_if_blind(scores, max_unscored)
         return scores
 
     def verdicts(self) -> dict[str, list[Verdict]]:
-        """By reward, what it says of each of the B images, checked against its range; as `result` otherwise."""
+        """By reward, what it says of each of the B images, checked against its range; instead of `result`."""
+        return self._placed(self._finish())
+
+    def _placed(self, answers: "Mapping[str, Sequence[_Answer]]") -> dict[str, list[Verdict]]:
         found = {}
-        for name, answers in self._answers.items():
-            placed = {row: verdict for a in answers for row, verdict in zip(a.rows, a.verdicts, strict=True)}
+        for name, of in answers.items():
+            placed = {row: verdict for a in of for row, verdict in zip(a.rows, a.verdicts, strict=True)}
             found[name] = [placed[row] for row in range(self._count)]
         return found
 
-    @cached_property
-    def _answers(self) -> "dict[str, list[_Answer]]":
+    def _finish(self) -> "dict[str, list[_Answer]]":
+        """Asks those that do not wait for others, and waits for those that do."""
         images = self.images
         answers: dict[str, list[_Answer]] = {reward.name: [] for reward in self._rewards}
         for reward in self._rewards:
