@@ -160,7 +160,7 @@ def _reply(reward: Reward, body: bytes, limits: Limits) -> str:
               rubric=v.details if isinstance(v.details, RubricResult) else None)
         for item, v in zip(items, verdicts, strict=True)
     )  # fmt: skip
-    return Reply(protocol=PROTOCOL, scores=scores).model_dump_json(exclude_none=True)
+    return Reply(protocol=PROTOCOL, scores=scores).model_dump_json(exclude_defaults=True)
 
 
 def _refuse_files(item: Item) -> None:
