@@ -365,7 +365,7 @@ def test_a_database_that_is_away_is_no_refusal(tmp_path: Path, monkeypatch: pyte
 
     candidates = read_candidates(twenty(tmp_path))
     store = Store(str(tmp_path / "a.sqlite"), "x")
-    client = testclient.TestClient(make_app(candidates, store), base_url="http://127.0.0.1")
+    client = testclient.TestClient(make_app(candidates, store, ["127.0.0.1"]), base_url="http://127.0.0.1")
     answer = {"annotator": "ann", "pair": candidates[0].id, "answer": "tie"}
     assert client.post("/answer", json=answer).status_code == 400  # nobody asked about it
     monkeypatch.setattr(store, "record", lambda label: (_ for _ in ()).throw(StoreFailed("away")))

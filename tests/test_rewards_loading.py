@@ -12,7 +12,8 @@ import torch
 from rlhf_img.errors import RlhfImgError
 from rlhf_img.rewards import loading
 from rlhf_img.rewards.loading import known_rewards, load_rewards
-from rlhf_img.rewards.protocol import Images, score
+from rlhf_img.rewards.protocol import Images
+from rlhf_img.rewards.scoring import score
 
 PACKAGE = Path(__file__).parent / "plugin_package"
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+import threading
 import time
 
 import numpy as np
@@ -10,7 +11,8 @@ import torch
 from PIL import Image
 
 from rlhf_img.errors import RlhfImgError, RunStopped
-from rlhf_img.rewards.protocol import Images, Reward, Verdict, score
+from rlhf_img.rewards.protocol import Images, Reward, Verdict
+from rlhf_img.rewards.scoring import Scoring, score
 
 
 def make_images(n: int) -> Images:
@@ -206,3 +208,65 @@ def test_a_batch_that_does_not_fit_together_is_refused():
 def test_settings_that_make_no_sense(settings, message):
     with pytest.raises(RlhfImgError, match=f"reward neon: {message}"):
         Reward(name="neon", fn=lambda prompts, images, **columns: [], **settings)
+
+
+def grey(prompts, images, **columns):
+    """Eight times the grey level of each image of `make_images`, if it comes with its own prompt."""
+    assert prompts == [f"p{8 * level:.0f}" for level in images.tensor[:, 0, 0, 0].tolist()]
+    return [8 * level for level in images.tensor[:, 0, 0, 0].tolist()]
+
+
+def test_images_may_come_in_parts_and_in_any_order():
+    threads, at_once = set(), []
+
+    def waits(prompts, images, **columns):
+        threads.add(threading.get_ident())
+        assert not at_once and columns["seed"] == [int(p[1:]) for p in prompts]
+        at_once.append(prompts)
+        time.sleep(0.02)
+        at_once.clear()
+        return grey(prompts, images)
+
+    async def slow(prompts, images, **columns):
+        await asyncio.sleep(0.01 * len(prompts))
+        return grey(prompts, images)
+
+    settings = {"range": (0.0, 8.0)}
+    rewards = [Reward(name="waits", fn=waits, waits=True, **settings),
+               Reward(name="async", fn=slow, **settings), Reward(name="pairs", fn=slow, group=True, **settings)]
+    images, order = make_images(8), [[6, 7, 0, 1], [4, 5], [2, 3]]
+    with Scoring(rewards, 8, [f"p{i}" for i in range(8)], {"seed": list(range(8))}, group_size=2) as scoring:
+        for rows in order:
+            scoring.add(rows, Images(images.tensor[rows]))
+        scores = scoring.result()
+    assert scores.values_BK.tolist() == [[float(i)] * 3 for i in range(8)]
+    assert torch.equal(scoring.images.tensor, images.tensor)
+    assert threading.get_ident() not in threads and len(threads) == 1
+
+
+def test_leaving_gives_up_what_is_in_flight():
+    began, ended = threading.Event(), []
+
+    async def hangs(prompts, images, **columns):
+        began.set()
+        try:
+            await asyncio.sleep(600)
+        finally:
+            ended.append(True)
+
+    with pytest.raises(KeyboardInterrupt), Scoring([Reward(name="neon", fn=hangs)], 2, ["p", "q"]) as scoring:
+        scoring.add(range(2), make_images(2))
+        assert began.wait(20)
+        raise KeyboardInterrupt
+    assert ended == [True]
+
+
+def test_an_error_of_one_reward_does_not_wait_for_another():
+    async def hangs(prompts, images, **columns):
+        await asyncio.sleep(600)
+
+    async def wrong(prompts, images, **columns):
+        return [1.0]
+
+    with pytest.raises(RlhfImgError, match="reward wrong returned 1 values for 2 images"):
+        score([Reward(name="neon", fn=hangs), Reward(name="wrong", fn=wrong)], ["p", "q"], make_images(2))

@@ -10,8 +10,9 @@ from rlhf_img import rubrics as rubric_room
 from rlhf_img.errors import RlhfImgError
 from rlhf_img.playground.render import render
 from rlhf_img.playground.scene import Scene, Thing
-from rlhf_img.rewards.protocol import Images, Reward, score
+from rlhf_img.rewards.protocol import Images, Reward
 from rlhf_img.rewards.rubric import rubric
+from rlhf_img.rewards.scoring import score
 
 RED = Thing(shape="circle", color="red", size="large", x=20, y=30, radius=12)
 BLUE = Thing(shape="square", color="blue", size="medium", x=46, y=30, radius=9)

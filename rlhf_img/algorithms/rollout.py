@@ -4,7 +4,7 @@ For each prompt a group of images is drawn. Then either every image is noised to
 forward`), or a window of the sampler's steps was stochastic and is kept (`likelihood: steps`).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -173,11 +173,12 @@ def forward_logp(
 @torch.no_grad()
 def rollout(
     model: Model, policy: Policy, conditioner: Conditioner, prompts: Sequence[str], config: RolloutConfig, seed: int,
-    places: Sequence[int] | None = None,
+    places: Sequence[int] | None = None, sampled: Callable[[Batch], None] = lambda batch: None,
 ) -> Rollout:  # fmt: skip
     """Samples G images for each prompt. The same arguments and weights give the same rollout, to the bit.
 
-    `places`: sample only these of the prompts, with the noise that they have among all of them.
+    `places`: sample only these of the prompts, with the noise that they have among all of them. `sampled` is called
+    with each batch before the next is begun.
     """
     places = range(len(prompts)) if places is None else places
     grid = model.grid(model.default_size, model.default_size)
@@ -201,6 +202,7 @@ def rollout(
                 noised = [(sigma, eps_PNC[groups].to(x0.device)) for sigma, eps_PNC in draws]
                 terms = taken or _noised(transformer, x0, text_BLD, noised, grid, old=old)
                 batches.append(Batch(rows_B=rows, text_BLD=text_BLD, terms=terms, final_BNC=x0))
+                sampled(batches[-1])
     (empty_LD,) = conditioner.encode([""])
     return Rollout(batches=batches, grid=grid, empty_LD=empty_LD, sigma_max=float(levels[1]))
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from rlhf_img.cli.serving import LOOPBACK, hosts_of, listening, run
 from rlhf_img.errors import RlhfImgError
 
 if TYPE_CHECKING:
@@ -88,16 +89,13 @@ def _agreement(candidates: "list[Candidate]", store: "Store", as_json: bool) -> 
 
 def _serve(candidates: "list[Candidate]", store: "Store", host: str, port: int) -> None:
     try:
-        import uvicorn
+        import uvicorn  # noqa: F401 - whether it is there
 
-        from rlhf_img.training.annotation.server import LOOPBACK, listen, make_app
+        from rlhf_img.training.annotation.server import make_app
     except ImportError as error:
         raise RlhfImgError(f"the page needs a web server ({error}): pip install 'rlhf-img[annotate]'") from error
-    hosts = LOOPBACK if host in LOOPBACK else ("*",)
-    with listen(host, port) as bound:
-        address = f"http://{f'[{host}]' if ':' in host else host}:{bound.getsockname()[1]}"
+    with listening(host, port) as (bound, address):
         typer.echo(f"{len(candidates)} pairs on {address} (Ctrl-C stops; answers are kept)")
         if host not in LOOPBACK:
             typer.echo("everyone who can reach this machine can see the images and answer", err=True)
-        server = uvicorn.Server(uvicorn.Config(make_app(candidates, store, hosts), log_level="warning"))
-        server.run(sockets=[bound])
+        run(make_app(candidates, store, hosts_of(host)), bound)

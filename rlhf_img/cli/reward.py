@@ -1,6 +1,6 @@
 """`rlhf-img reward`: list the rewards there are, score images with them, train the ones that are learned.
 
-`reward probe` and `reward train` have files of their own.
+`reward probe`, `reward serve` and `reward train` have files of their own.
 """
 
 import json
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rlhf_img.cli import aesthetic, probe, train_reward, train_sae
+from rlhf_img.cli import aesthetic, probe, serve_reward, train_reward, train_sae
 from rlhf_img.errors import RlhfImgError
 
 if TYPE_CHECKING:
@@ -19,12 +19,13 @@ if TYPE_CHECKING:
     from rlhf_img.rubrics.schema import Rubric
 
 app = typer.Typer(
-    help="List rewards, score images, probe rewards for hacks, train the rewards that are learned.",
+    help="List rewards, score images, probe rewards for hacks, serve them, train the rewards that are learned.",
     no_args_is_help=True,
 )
 train_reward.app.command("sae")(train_sae.train_sae)
 app.add_typer(train_reward.app, name="train")
 app.command("probe")(probe.probe)
+app.command("serve")(serve_reward.serve)
 train_reward.app.command("aesthetic")(aesthetic.train)
 
 

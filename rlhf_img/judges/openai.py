@@ -1,23 +1,14 @@
 """A judge behind an OpenAI-compatible server, such as vLLM or `transformers serve`."""
 
 import asyncio
-import base64
-import io
-import os
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from functools import lru_cache
 from typing import Annotated, Any, TypeVar
 
 import httpx
-import numpy as np
-import numpy.typing as npt
-from PIL import Image
 from pydantic import BaseModel, Field, ValidationError
-from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_after_attempt, wait_random_exponential
 
 from rlhf_img.errors import RlhfImgError
 from rlhf_img.judges.protocol import (
@@ -34,11 +25,10 @@ from rlhf_img.judges.protocol import (
     template_hash,
     verdict_of,
 )
+from rlhf_img.judges.requests import png_base64, reason_of, secret_in, send
 
 TOP_LOGPROBS = 20
 """The most that OpenAI's interface and vLLM give without further settings."""
-
-_backoff = wait_random_exponential(multiplier=0.5, max=20)
 
 T = TypeVar("T")
 
@@ -105,11 +95,11 @@ class OpenAIJudge:
     def ask(self, asks: Sequence[Ask]) -> list[Answer]:
         images = {id(ask.image): ask.image for ask in asks}
         # Only images in flight are kept as text: all of a large batch would be gigabytes.
-        encoded = lru_cache(maxsize=self.config.concurrency)(lambda key: _data_uri(images[key]))
+        encoded = lru_cache(maxsize=self.config.concurrency)(lambda key: png_base64(images[key]))
 
         async def work(client: httpx.AsyncClient, ask: Ask) -> float:
             text = QUESTION.format(question=ask.question)
-            image = {"type": "image_url", "image_url": {"url": encoded(id(ask.image))}}
+            image = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{encoded(id(ask.image))}"}}
             messages = [{"role": "user", "content": [image, {"type": "text", "text": text}]}]
             return await (self._vote(client, messages) if self.config.votes else self._read(client, messages))
 
@@ -154,23 +144,13 @@ class OpenAIJudge:
         self, client: httpx.AsyncClient, messages: Sequence[object], settings: Mapping[str, object]
     ) -> _Choice:
         """The only choice of a chat completion. Raises _NoAnswerError once retries do not help."""
-        retrying = AsyncRetrying(
-            stop=stop_after_attempt(self.config.attempts),
-            wait=self._wait,
-            retry=retry_if_exception(_is_transient),
-            before_sleep=self._count_retry,
-            reraise=True,
-        )
         body = {"model": self.config.model, "messages": messages, **settings}
         try:
-            async for attempt in retrying:
-                with attempt:
-                    async with asyncio.timeout(self.config.timeout_s):
-                        response = await client.post(self._endpoint, json=body)
-                    response.raise_for_status()
+            request = client.build_request("POST", self._endpoint, json=body)
+            response = await send(client, request, self.config, self._count_retry)
             completion = _Completion.model_validate_json(response.content)
         except (httpx.HTTPError, TimeoutError) as error:
-            raise _NoAnswerError(self._reason(error)) from error
+            raise _NoAnswerError(reason_of(error, self.config, self._key)) from error
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"]))
@@ -200,7 +180,6 @@ class OpenAIJudge:
         async def run() -> list[Any]:
             turn = asyncio.Semaphore(self.config.concurrency)
             headers = {"Authorization": f"Bearer {self._key}"} if self._key else None
-            # asyncio.timeout bounds the whole of a reply, which httpx's own limits do not.
             timeout = httpx.Timeout(None, connect=self.config.connect_s)
             limits = httpx.Limits(max_connections=self.config.concurrency)
             async with httpx.AsyncClient(headers=headers, timeout=timeout, limits=limits) as client:
@@ -214,45 +193,8 @@ class OpenAIJudge:
         with ThreadPoolExecutor(max_workers=1) as pool:
             return pool.submit(asyncio.run, run()).result()
 
-    def _wait(self, state: RetryCallState) -> float:
-        """Seconds until the next try. The random part keeps those that were refused together from coming together."""
-        error = state.outcome.exception() if state.outcome else None
-        asked = _retry_after(error.response) if isinstance(error, httpx.HTTPStatusError) else 0.0
-        return min(asked, self.config.max_wait_s) + _backoff(state)
-
-    def _count_retry(self, _: RetryCallState) -> None:
+    def _count_retry(self) -> None:
         self.usage.retries += 1
-
-    def _reason(self, error: Exception) -> str:
-        if isinstance(error, httpx.HTTPStatusError):
-            text = f"HTTP {error.response.status_code}: {error.response.text[:200]}"
-        elif isinstance(error, TimeoutError):
-            text = f"no whole reply within {self.config.timeout_s:g} s"
-        else:
-            text = f"{type(error).__name__}: {error}"
-        # A server may repeat the key that it refuses.
-        return text.replace(self._key, "***") if self._key else text
-
-
-def _is_transient(error: BaseException) -> bool:
-    if isinstance(error, httpx.HTTPStatusError):
-        return error.response.status_code == 429 or error.response.status_code >= 500
-    return isinstance(error, httpx.TransportError | TimeoutError)
-
-
-def _retry_after(response: httpx.Response) -> float:
-    """Seconds that a server asks to wait (RFC 9110, section 10.2.3: a number or a date); 0 where it says nothing."""
-    text = response.headers.get("Retry-After", "").strip()
-    if response.status_code not in (429, 503) or not text:
-        return 0.0
-    if text.isdecimal():
-        return float(text)
-    try:
-        until = parsedate_to_datetime(text)
-    except (ValueError, OverflowError):
-        return 0.0
-    until = until if until.tzinfo else until.replace(tzinfo=UTC)
-    return max(0.0, (until - datetime.now(UTC)).total_seconds())
 
 
 class _Model(BaseModel):
@@ -290,15 +232,4 @@ def _endpoint(url: str | None, path: str = "/chat/completions") -> str:
 
 
 def _key(variable: str | None) -> str | None:
-    if variable is None:
-        return None
-    if not (key := os.environ.get(variable, "").strip()):
-        raise RlhfImgError(f"the judge's key should be in the environment variable {variable}, which is not set")
-    return key
-
-
-def _data_uri(image: npt.NDArray[np.uint8]) -> str:
-    """PNG, because a lossy format would add the very defects that a judge is asked about."""
-    file = io.BytesIO()
-    Image.fromarray(image).save(file, "PNG", compress_level=1)
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+    return None if variable is None else secret_in(variable, "the judge's key")

@@ -2,7 +2,8 @@
 
 from rlhf_img.rewards.combining import METHODS, advantages, apply_gates, describe, gdpo, weighted_sum
 from rlhf_img.rewards.loading import known_rewards, load_rewards
-from rlhf_img.rewards.protocol import Images, Reward, Scores, Verdict, score
+from rlhf_img.rewards.protocol import Images, Reward, Scores, Verdict
+from rlhf_img.rewards.scoring import Scoring, score
 from rlhf_img.rewards.signal import learnable, repeat_noise
 
 __all__ = [
@@ -10,6 +11,7 @@ __all__ = [
     "Images",
     "Reward",
     "Scores",
+    "Scoring",
     "Verdict",
     "advantages",
     "apply_gates",

@@ -32,10 +32,11 @@ BUILTIN: dict[str, str] = {
 
 ENTRY_POINT_GROUP = "rlhf_img.rewards"
 
-_KEYS = ("reward", "name", "weight", "role", "range", "floor", "below", "cap", "group", "options")
+_KEYS = ("reward", "name", "weight", "role", "range", "floor", "below", "cap", "group", "waits", "options")
+_REMOTE = "remote:"
 _SPEC_HELP = (
-    'a spec is "name[:weight]" or "path/to/file.py:function[:weight]", several separated by commas, '
-    'for example "rubric:2,artifact,my_rewards.py:neon"'
+    'a spec is "name[:weight]", "path/to/file.py:function[:weight]" or "remote:http://host:port/name[:weight]", '
+    'several separated by commas, for example "rubric:2,artifact,my_rewards.py:neon"'
 )
 
 
@@ -44,7 +45,8 @@ def load_rewards(spec: str | Sequence[Mapping[str, Any]]) -> list[Reward]:
 
     spec: "rubric:2,artifact,my_rewards.py:neon:0.5", or a list as YAML gives it, of mappings with `reward` (as in the
     string, without weight) and, where they should differ from what the function declares, `name`, `weight`, `role`,
-    `range`, `floor`, `below`, `cap`, `group` and `options` (keyword arguments of the function).
+    `range`, `floor`, `below`, `cap`, `group`, `waits` and `options` (keyword arguments of the function, or, of a reward
+    on another machine, "remote:http://host:port/name", how it is asked).
 
     Raises RlhfImgError for an unknown name or key (with the nearest one), a name that two packages offer, a plug-in
     that fails to import, and attributes that make no sense.
@@ -70,7 +72,9 @@ def _parse(item: str) -> dict[str, Any]:
     text = item.strip()
     reference, weight = text, None
     head, colon, tail = text.rpartition(":")
-    if colon and not (head.endswith(".py") and tail.isidentifier()):
+    is_function = head.endswith(".py") and tail.isidentifier()
+    is_port = head.startswith(_REMOTE) and head.count("/") < 3
+    if colon and not is_function and not is_port:
         reference = head
         try:
             weight = float(tail)
@@ -89,7 +93,12 @@ def _load(entry: Mapping[str, Any]) -> Reward:
     for key in entry:
         if key not in _KEYS:
             raise RlhfImgError(f'reward {entry["reward"]} has no setting "{key}"; {did_you_mean(str(key), _KEYS)}')
-    fn, default_name, source = _find(entry["reward"])
+    reference, options = entry["reward"], entry.get("options") or {}
+    if reference.startswith(_REMOTE):
+        fn, default_name, source = _remote(reference, options), "remote", reference
+        options = {}  # taken above
+    else:
+        fn, default_name, source = _find(reference)
     settings = _declared(fn) | {k: v for k, v in entry.items() if k not in ("reward", "options")}
     settings["name"] = settings.get("name", default_name)
     settings["range"] = _range(settings.get("range", (0.0, 1.0)), settings["name"])
@@ -102,7 +111,16 @@ def _load(entry: Mapping[str, Any]) -> Reward:
             )
         settings["floor"] = 0.02 * (high - low)
     _check_types(settings)
-    return Reward(fn=_bind(fn, entry.get("options") or {}, settings["name"]), source=source, **settings)
+    return Reward(fn=_bind(fn, options, settings["name"]), source=source, **settings)
+
+
+def _remote(reference: str, options: Mapping[str, Any]) -> Any:
+    try:
+        from rlhf_img.rewards.remote import RemoteReward
+    except ModuleNotFoundError as error:
+        missing = f"{reference} needs {error.name}, which is not installed"
+        raise RlhfImgError(f"{missing}: pip install 'rlhf-img[remote]'") from error
+    return RemoteReward(reference.removeprefix(_REMOTE), options)
 
 
 def _find(reference: str) -> tuple[Any, str, str]:
@@ -167,7 +185,7 @@ def _callable(found: Any, name: str) -> Any:
 
 def _declared(fn: Any) -> dict[str, Any]:
     """What the function says of itself in its optional attributes. Its `__name__` is not asked."""
-    keys = ("name", "range", "role", "group", "floor", "below", "cap", "needs")
+    keys = ("name", "range", "role", "group", "floor", "below", "cap", "waits", "needs")
     offered = {key: getattr(fn, key, None) for key in keys}
     declared = {key: value for key, value in offered.items() if value is not None}
     return declared
@@ -183,8 +201,9 @@ def _check_types(settings: Mapping[str, Any]) -> None:
             raise RlhfImgError(f"reward {name}: {key} is a number; given {settings[key]!r}")
     if settings.get("role", "objective") not in (roles := ("objective", "gate", "both", "measure")):
         raise RlhfImgError(f"reward {name}: role is one of {', '.join(roles)}; given {settings['role']!r}")
-    if not isinstance(settings.get("group", False), bool):
-        raise RlhfImgError(f"reward {name}: group is true or false; given {settings['group']!r}")
+    for key in ("group", "waits"):
+        if not isinstance(settings.get(key, False), bool):
+            raise RlhfImgError(f"reward {name}: {key} is true or false; given {settings[key]!r}")
 
 
 def _range(given: Any, name: str) -> tuple[float, float]:

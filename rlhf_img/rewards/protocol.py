@@ -1,22 +1,17 @@
-"""What a reward is, how one is called, and what comes back: values, and the reasons where there are none."""
+"""What a reward is, what it gets, and what comes back: values, and the reasons where there are none."""
 
-import asyncio
-import inspect
 import math
-import time
-from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, overload
+from typing import Literal, overload
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from rlhf_img.errors import RlhfImgError, RunStopped
+from rlhf_img.errors import RlhfImgError
 
 
 class Images(Sequence[Image.Image]):
@@ -99,9 +94,10 @@ class Reward:
     highest value; higher is better. role: an "objective" is normalised and summed, a "gate" caps the objectives, "both"
     does both (its slope is then the way back through its own gate, which does not cap it), and a "measure" takes no
     part in training: it belongs into `eval.rewards`.
-    group: True if it wants the images of one prompt at once, and no others. weight: of an objective. floor: the
-    standard deviation, in the reward's own units, below which differences are taken for noise. below, cap: of a gate;
-    where its value is below `below`, every objective is at most at the fraction `cap` of its range.
+    group: True if it wants the images of one prompt at once, and no others. waits: True if it mostly waits for another
+    machine, as async functions do anyway: it is then asked while further images are drawn. weight: of an objective.
+    floor: the standard deviation, in the reward's own units, below which differences are taken for noise. below, cap:
+    of a gate; where its value is below `below`, every objective is at most at the fraction `cap` of its range.
     source: where it comes from. needs: what weights it loads.
     """
 
@@ -110,6 +106,7 @@ class Reward:
     range: tuple[float, float] = (0.0, 1.0)
     role: Literal["objective", "gate", "both", "measure"] = "objective"
     group: bool = False
+    waits: bool = False
     weight: float = 1.0
     floor: float = 0.02
     below: float = 0.5
@@ -154,184 +151,3 @@ class Scores:
     details: Mapping[str, tuple[object, ...]]
     unscored: Mapping[str, Mapping[str, int]]
     seconds: Mapping[str, float]
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Column:
-    """One reward's part of `Scores`."""
-
-    values: list[float]
-    details: tuple[object, ...]
-    unscored: Counter[str]
-    seconds: float
-
-
-def score(
-    rewards: Sequence[Reward],
-    prompts: Sequence[str],
-    images: Images,
-    columns: Mapping[str, Sequence[object]] | None = None,
-    *,
-    group_size: int | None = None,
-    max_unscored: float = 0.5,
-) -> Scores:
-    """Scores a batch with every reward: sync ones one after the other, async ones meanwhile.
-
-    prompts: B strings. columns: named lists of B entries, handed to every reward. group_size: images of one prompt lie
-    next to each other in runs of this length; rewards that want groups get one run at a time (None: all B are one).
-
-    A reward that raises leaves its images unscored, as do None, NaN, infinite and out-of-range values: unscored is
-    never 0. If more than the share `max_unscored` of a batch is unscored by one reward, the run is stopped.
-
-    Raises RlhfImgError if a reward returns the wrong number of values or something that is no number, or if lengths do
-    not match; RunStopped if a reward fails too often.
-    """
-    columns = dict(columns or {})
-    _check_batch(rewards, prompts, images, columns, group_size)
-    calls = [_Call(r, prompts, images, columns, (group_size or len(images)) if r.group else None) for r in rewards]
-    waiting = [call for call in calls if call.is_async]
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        # A thread of its own: the caller may already run an event loop, and sync rewards would block this one.
-        gathered = pool.submit(asyncio.run, _gather(waiting)) if waiting else None
-        done = {call.reward.name: call.run() for call in calls if not call.is_async}
-        if gathered is not None:
-            done |= {call.reward.name: column for call, column in zip(waiting, gathered.result(), strict=True)}
-    scored = [done[reward.name] for reward in rewards]
-    scores = Scores(
-        names=tuple(reward.name for reward in rewards),
-        values_BK=torch.tensor([column.values for column in scored], dtype=torch.float32).reshape(len(rewards), -1).T,
-        details={r.name: column.details for r, column in zip(rewards, scored, strict=True)},
-        unscored={r.name: dict(column.unscored) for r, column in zip(rewards, scored, strict=True)},
-        seconds={r.name: column.seconds for r, column in zip(rewards, scored, strict=True)},
-    )
-    _stop_if_blind(scores, max_unscored)
-    return scores
-
-
-class _Call:
-    """One reward's work on one batch."""
-
-    def __init__(
-        self,
-        reward: Reward,
-        prompts: Sequence[str],
-        images: Images,
-        columns: Mapping[str, Sequence[object]],
-        run_length: int | None,
-    ) -> None:
-        self.reward = reward
-        step = run_length or max(1, len(images))
-        self.parts: list[dict[str, Any]] = []
-        for start in range(0, len(images), step):
-            part = slice(start, start + step)
-            whole = step >= len(images)
-            named = {name: values[part] for name, values in columns.items()}
-            self.parts.append({"prompts": list(prompts[part]), "images": images if whole else images[part], **named})
-
-    @property
-    def is_async(self) -> bool:
-        fn = self.reward.fn
-        return inspect.iscoroutinefunction(fn) or inspect.iscoroutinefunction(type(fn).__call__)
-
-    def run(self) -> _Column:
-        began = time.perf_counter()
-        outcomes = []
-        for part in self.parts:
-            try:
-                outcomes.append(self._checked(self.reward.fn(**part), part))
-            except RlhfImgError:
-                raise
-            except Exception as error:  # a plug-in may raise anything, and its batch is unscored, not lost
-                outcomes.append(_raised(error, part))
-        return self._column(outcomes, time.perf_counter() - began)
-
-    async def run_async(self) -> _Column:
-        began = time.perf_counter()
-        outcomes = []
-        for part in self.parts:
-            try:
-                outcomes.append(self._checked(await self.reward.fn(**part), part))  # type: ignore[misc]
-            except RlhfImgError:
-                raise
-            except Exception as error:  # as above
-                outcomes.append(_raised(error, part))
-        return self._column(outcomes, time.perf_counter() - began)
-
-    def _checked(self, returned: object, part: dict[str, Any]) -> list[Verdict]:
-        given = returned.tolist() if isinstance(returned, Tensor | np.ndarray) else returned
-        if not isinstance(given, Sequence) or isinstance(given, str) or len(given) != len(part["prompts"]):
-            what = f"{len(given)} values" if isinstance(given, list | tuple) else f"a {type(returned).__name__}"
-            raise RlhfImgError(
-                f"reward {self.reward.name} returned {what} for {len(part['prompts'])} images; "
-                f"it must return a list with one number or None for each image"
-            )
-        return [self._verdict(value) for value in given]
-
-    def _verdict(self, value: object) -> Verdict:
-        """What was returned for one image, checked against the declared range."""
-        details = value.details if isinstance(value, Verdict) else None
-        given = value.value if isinstance(value, Verdict) else value
-        if given is None:
-            reason = value.reason if isinstance(value, Verdict) else None
-            return Verdict(value=None, reason=reason or "no score given", details=details)
-        try:
-            number = float(given)  # type: ignore[arg-type]
-        except (TypeError, ValueError):
-            raise RlhfImgError(
-                f"reward {self.reward.name} returned {given!r}; each value must be a number, None or a Verdict"
-            ) from None
-        low, high = self.reward.range
-        if not math.isfinite(number):
-            return Verdict(value=None, reason=f"not a finite number: {number}", details=details)
-        # Sums of float32 may pass a bound by their rounding error.
-        slack = 1e-6 * (high - low) if math.isfinite(high - low) else 0.0
-        if not low - slack <= number <= high + slack:
-            return Verdict(value=None, reason=f"out of its declared range [{low:g}, {high:g}]", details=details)
-        return Verdict(value=min(max(number, low), high), details=details)
-
-    def _column(self, outcomes: Sequence[Sequence[Verdict]], seconds: float) -> _Column:
-        verdicts = [verdict for outcome in outcomes for verdict in outcome]
-        return _Column(
-            values=[math.nan if v.value is None else v.value for v in verdicts],
-            details=tuple(v.details for v in verdicts),
-            unscored=Counter(v.reason for v in verdicts if v.reason is not None),
-            seconds=seconds,
-        )
-
-
-async def _gather(calls: Sequence[_Call]) -> list[_Column]:
-    return await asyncio.gather(*(call.run_async() for call in calls))
-
-
-def _raised(error: Exception, part: dict[str, Any]) -> list[Verdict]:
-    return [Verdict(value=None, reason=f"raised {type(error).__name__}: {error}")] * len(part["prompts"])
-
-
-def _check_batch(
-    rewards: Sequence[Reward],
-    prompts: Sequence[str],
-    images: Images,
-    columns: Mapping[str, Sequence[object]],
-    group_size: int | None,
-) -> None:
-    for name, values in {"prompts": prompts, **columns}.items():
-        if len(values) != len(images):
-            raise RlhfImgError(f"{len(images)} images, but {len(values)} entries of {name}; give one for each image")
-    if clash := {"prompts", "images"} & set(columns):
-        raise RlhfImgError(f"no column may be called {', '.join(sorted(clash))}: rewards get these anyway; rename it")
-    names = [reward.name for reward in rewards]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise RlhfImgError(f"two rewards are called {', '.join(twice)}; give one of them another name")
-    if group_size is not None and (group_size < 1 or len(images) % group_size):
-        raise RlhfImgError(f"{len(images)} images do not divide into groups of {group_size}")
-
-
-def _stop_if_blind(scores: Scores, max_unscored: float) -> None:
-    for name, reasons in scores.unscored.items():
-        missing, total = sum(reasons.values()), len(scores.values_BK)
-        if total and missing / total > max_unscored:
-            listed = "; ".join(f"{count} x {reason}" for reason, count in Counter(reasons).most_common(3))
-            raise RunStopped(
-                f"reward {name} left {missing} of {total} images unscored, more than the {max_unscored:.0%} that a run "
-                f"bears: {listed}. Mend the reward (or its judge), then go on with --resume"
-            )

@@ -10,7 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rlhf_img.rewards.protocol import Images, Reward, score
+from rlhf_img.rewards.protocol import Images, Reward
+from rlhf_img.rewards.scoring import score
 
 REPEATS = 4
 """How often each image is scored to see the noise of a reward."""

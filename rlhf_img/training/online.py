@@ -9,14 +9,14 @@ from torch import Tensor
 
 from rlhf_img.algorithms.grpo import GRPOConfig
 from rlhf_img.algorithms.nft import NFTConfig
-from rlhf_img.algorithms.rollout import Rollout, rollout
+from rlhf_img.algorithms.rollout import Batch, Rollout, rollout
 from rlhf_img.errors import RlhfImgError, RunStopped
 from rlhf_img.judges import COUNTS, accounted
 from rlhf_img.model.conditioning import Conditioner
 from rlhf_img.model.loading import Model
 from rlhf_img.model.policy import Policy
 from rlhf_img.model.vae import decode
-from rlhf_img.rewards import Images, Reward, advantages, load_rewards, score
+from rlhf_img.rewards import Images, Reward, Scoring, advantages, load_rewards
 from rlhf_img.rewards.rubric import rubric_of
 from rlhf_img.rubrics.scoring import RubricResult
 from rlhf_img.training import distributed
@@ -116,20 +116,18 @@ def iteration(parts: Parts, learn: Learn, step: int) -> dict[str, float]:
     clock = Clock()
     drawn = parts.pool.draw(step, method.prompts)
     mine = distributed.share(len(drawn))
-    sampled = rollout(
-        parts.model, parts.policy, parts.conditioner, [p.text for p in drawn], method,
-        _rollout_seed(config, step), mine,
-    )  # fmt: skip
-    size = parts.model.default_size
-    images = Images(decode(parts.model, sampled.latents(), size, size).detach().cpu())
-    clock.lap("rollout")
-
     repeated = [drawn[i] for i in mine for _ in range(method.group)]
-    with accounted() as judged:
-        scores = score(
-            parts.rewards, [p.text for p in repeated], images, {"rubrics": [p.rubric for p in repeated]},
-            group_size=method.group, max_unscored=config.max_unscored,
+    with accounted() as judged, Scoring(
+        parts.rewards, len(repeated), [p.text for p in repeated], {"rubrics": [p.rubric for p in repeated]},
+        group_size=method.group,
+    ) as scoring:  # fmt: skip
+        sampled = rollout(
+            parts.model, parts.policy, parts.conditioner, [p.text for p in drawn], method,
+            _rollout_seed(config, step), mine, lambda batch: scoring.add(batch.rows_B, _decoded(parts.model, batch)),
         )  # fmt: skip
+        clock.lap("rollout")
+        scores = scoring.result(max_unscored=config.max_unscored)
+    images = scoring.images
     values_PGK = distributed.gather_shares(scores.values_BK.unflatten(0, (len(mine), method.group)))
     gates = [(p.rubric or rubric_of(p.text)).gates for p in drawn]
     noise = parts.pool.measure_noise(parts.rewards, repeated[0], images[: method.group]) if step == 1 else {}
@@ -156,6 +154,10 @@ def iteration(parts: Parts, learn: Learn, step: int) -> dict[str, float]:
     own = {**trained, **judged, **seen, **noise, **clock.times()}
     common = {**_renamed(metrics), **_rubric_metrics(scores.details)}
     return {**distributed.joint_metrics(own, _JOINT), **common, "lr": lr}
+
+
+def _decoded(model: Model, batch: Batch) -> Images:
+    return Images(decode(model, batch.final_BNC, model.default_size, model.default_size).detach().cpu())
 
 
 def _rollout_seed(config: RunConfig, step: int) -> int:

@@ -36,8 +36,9 @@ class Drawn:
     scores: Scores
 
     def rubric_results(self) -> list[RubricResult]:
-        """The `rubric` reward's results, one an image."""
-        return [r for r in self.scores.details["rubric"] if isinstance(r, RubricResult)]
+        """The `rubric` reward's results, one an image; empty ones where it failed."""
+        nothing = RubricResult(total=None, passed=None, requirements=())
+        return [r if isinstance(r, RubricResult) else nothing for r in self.scores.details["rubric"]]
 
     def with_images(self, count: int) -> "Drawn":
         """The same with the first `count` images only: all of them may be more than one wants to keep or send."""

@@ -2,7 +2,6 @@
 
 import io
 import json
-import socket
 from collections.abc import Sequence
 from functools import partial
 from importlib import resources
@@ -22,12 +21,11 @@ from rlhf_img.training.annotation.candidates import Candidate
 from rlhf_img.training.annotation.databases import StoreFailed
 from rlhf_img.training.annotation.store import Choice, Label, Store
 
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _SIDES = ("left", "right")
 _LONGEST_NAME = 40
 
 
-def make_app(candidates: Sequence[Candidate], store: Store, hosts: Sequence[str] = LOOPBACK) -> Starlette:
+def make_app(candidates: Sequence[Candidate], store: Store, hosts: Sequence[str]) -> Starlette:
     """The page and what it asks for. `hosts`: the names under which the server may be reached.
 
     A browser that was led here under another name is refused, and an answer has to be JSON, which a page from elsewhere
@@ -41,17 +39,8 @@ def make_app(candidates: Sequence[Candidate], store: Store, hosts: Sequence[str]
         Route("/agreement", partial(_agreement, known, store)),
         Route("/image/{pair}/{side}", partial(_image, known)),
     ]
-    allowed = [f"[{host}]" if ":" in host else host for host in hosts]
-    return Starlette(routes=routes, middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=allowed)],
+    return Starlette(routes=routes, middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))],
                      exception_handlers={StoreFailed: _away, RlhfImgError: _refused})  # fmt: skip
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """A socket that a server can answer on; port 0 is any free one. Raises RlhfImgError if it is taken."""
-    try:
-        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-    except OSError as error:
-        raise RlhfImgError(f"cannot listen on {host}, port {port}: {error.strerror}; give another --port") from error
 
 
 async def _page(request: Request) -> Response:
