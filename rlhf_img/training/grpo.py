@@ -26,7 +26,6 @@ from rlhf_img.training.config import RunConfig
 from rlhf_img.training.loop import Clock, Job, open_model, train_and_heldout, watched_rewards
 from rlhf_img.training.preflight import check_ratios
 from rlhf_img.training.prompts import Prompt
-from rlhf_img.training.sentinels import diversity, image_statistics
 
 _JOINT: dict[str, Callable[[list[float]], float]] = {"ratio/max_dev": max, "preflight/max_dev": max}
 _JOINT |= dict.fromkeys(COUNTS, sum)
@@ -97,6 +96,7 @@ def prepare(config: Config) -> tuple[Parts, Job]:
     job = Job(
         config=config, model=model, conditioner=parts.conditioner, trained={"policy": (policy, optimizer)},
         watched=watched, heldout_prompts=heldout, iterate=partial(iteration, parts),
+        trained_on=tuple(reward.name for reward in rewards),
     )  # fmt: skip
     return parts, job
 
@@ -141,10 +141,8 @@ def iteration(parts: Parts, step: int) -> dict[str, float]:
             "or look at the rewards of this iteration in metrics.jsonl"
         ) from error
     clock.lap("train")
-    seen = {f"sentinel/{name}": value for name, value in image_statistics(images.tensor).items()}
-    seen["sentinel/diversity"] = float(diversity(images.tensor.unflatten(0, (len(mine), -1))).mean())
     first = {} if math.isnan(deviation) else {"preflight/max_dev": deviation}
-    own = {**trained, **judged, **seen, **first, **clock.times()}
+    own = {**trained, **judged, **first, **clock.times()}
     common = {**_renamed(metrics), **_rubric_metrics(scores.details)}
     return {**distributed.joint_metrics(own, _JOINT), **common, "lr": lr}
 

@@ -131,8 +131,11 @@ class RunDir:
                 kept.append(line)
         self._write_text("metrics.jsonl", "".join(kept))
 
-    def save_checkpoint(self, step: int, write: Callable[[Path], None], *, keep_last: int = 2) -> Path:
-        """`checkpoints/step_000123`, made by `write(folder)`; then all but the `keep_last` newest are deleted.
+    def save_checkpoint(
+        self, step: int, write: Callable[[Path], None], *, keep_last: int = 2, keep: Checkpoint | None = None
+    ) -> Path:
+        """`checkpoints/step_000123`, made by `write(folder)`; then all but the `keep_last` newest and `keep` are
+        deleted.
 
         Whatever goes wrong in `write`, the checkpoints that were there stay.
         """
@@ -140,7 +143,8 @@ class RunDir:
             raise ValueError(f"keep_last must be at least 1, got {keep_last}")
         path = self._write_folder(self.path / "checkpoints" / f"step_{step:06d}", write)
         for old in self.checkpoints()[:-keep_last] if self._writes else []:
-            self._discard(old.path)
+            if old != keep:
+                self._discard(old.path)
         return path
 
     def checkpoints(self) -> list[Checkpoint]:
