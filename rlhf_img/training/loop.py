@@ -25,7 +25,7 @@ from rlhf_img.rewards import Reward, load_rewards
 from rlhf_img.training import distributed
 from rlhf_img.training import prompts as prompt_room
 from rlhf_img.training.config import RunConfig
-from rlhf_img.training.evaluate import EVAL_SEED, EvalConfig, Evaluation, compare, evaluate, summarise
+from rlhf_img.training.evaluate import EVAL_SEED, EvalConfig, Evaluation, compare, evaluate, summarise, transfer_ratios
 from rlhf_img.training.export import LORA, WEIGHTS
 from rlhf_img.training.panel import Best, Panel
 from rlhf_img.training.prompts import Prompt
@@ -125,7 +125,8 @@ def train(job: Job, run: RunDir, console: Console) -> dict[str, Any]:
         "split": "heldout", "num_prompts": len(job.heldout_prompts), "images_per_prompt": 1,
         "num_steps": config.eval.num_steps, "guidance": config.eval.guidance,
         "checkpoints": [summarise("before", before), summarise("after", after)],
-        "difference": compare(before, after), "kept_step": best.step,
+        "difference": compare(before, after), "transfer": transfer_ratios(before, after, job.trained_on),
+        "kept_step": best.step,
     }  # fmt: skip
     run.write_json("eval.json", result)
     if job.card is not None:

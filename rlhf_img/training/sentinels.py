@@ -23,6 +23,8 @@ from rlhf_img.training.prompts import Prompt
 _JPEG_QUALITY = 85
 _LEVELS = 8
 """Of each channel, in the colours that are counted."""
+LEAST_GAIN = 0.2
+"""Spreads by which trained rewards must have risen for a ratio to them."""
 
 
 def image_statistics(images: Images, period: int) -> dict[str, Float[Tensor, " B"]]:
@@ -148,17 +150,15 @@ def chance(now: int, raw: int) -> float:
     return ((now + raw + 1) / (12 * now * raw)) ** 0.5
 
 
-def transfer(
-    gains: Mapping[str, float], trained_on: Sequence[str], least: float = 0.2
-) -> tuple[float, dict[str, float]]:
+def transfer(gains: Mapping[str, float], trained_on: Sequence[str]) -> tuple[float, dict[str, float]]:
     """The mean gain of the rewards trained on, and the gain of each other reward over it: the transfer ratio.
 
-    gains: of every reward, from Raw on, in units of its spread over Raw's images. Where the mean gain is below `least`
-    spreads, there is nothing to divide by, and no ratio.
+    gains: of every reward, from Raw on, in units of its spread over Raw's images. Where the mean gain is below
+    LEAST_GAIN, there is nothing to divide by, and no ratio.
     """
     known = {name: gain for name, gain in gains.items() if not math.isnan(gain)}
     trained = [known[name] for name in trained_on if name in known]
     gain = sum(trained) / len(trained) if trained else math.nan
-    if not gain >= least:
+    if not gain >= LEAST_GAIN:
         return gain, {}
     return gain, {name: value / gain for name, value in known.items() if name not in trained_on}

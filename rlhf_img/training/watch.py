@@ -152,8 +152,8 @@ class Watched:
         if self.config.characters:
             seen["characters"] = stray_characters(Images(groups[:, 0]), prompts[::each])
         seen = {name: self._gathered(values, len(mine)).double() for name, values in seen.items()}
-        # rounded to what the file holds, so that a resumed run compares with the same
-        small = self._gathered(adaptive_avg_pool2d(images.tensor.float(), 8), len(mine)).mul(1000).round() / 1000
+        # at 8 bits, as the file holds them, so that a resumed run compares with the same
+        small = self._gathered(adaptive_avg_pool2d(images.tensor.float(), 8), len(mine)).mul(255).round() / 255
         # of Raw: how far apart two seeds of a prompt are
         seen["drift"] = seen["diversity"] if raw is None else distance(small, raw).double()
         return {name: values for name, values in seen.items() if name not in self.config.off}, small
@@ -183,7 +183,8 @@ class Watch:
                     f"on with {size[0]} x {size[1]}: leave sentinels.prompts and sentinels.images as they were"
                 )
             self._raw = {name: _tensor(values) for name, values in found["raw"].items()}
-            self._small = _tensor(found["small"]).float()
+            small = np.frombuffer(bytes.fromhex(found["small"]), np.uint8).reshape(-1, 3, 8, 8)
+            self._small = torch.from_numpy(small.copy()) / 255
         else:
             self._raw, self._small = watched.look(watched.draw_raw)
         trained = {REWARD + name for name in watched.trained_on}
@@ -260,7 +261,8 @@ class Watch:
         self._run.write_json(FILE, {
             "prompts": len(self._watched.prompts), "images": self._watched.config.images, "stopped": stopped,
             "bands": {name: asdict(limits) for name, limits in self._bands.items()},
-            "raw": {name: values.tolist() for name, values in self._raw.items()}, "small": self._small.tolist(),
+            "raw": {name: values.tolist() for name, values in self._raw.items()},
+            "small": self._small.mul(255).round().byte().numpy().tobytes().hex(),
         })  # fmt: skip
 
 
