@@ -92,6 +92,7 @@ def train(job: Job, run: RunDir, console: Console) -> dict[str, Any]:
     before = _evaluate_before(job, run, console)
     rows = run.read_metrics()
     best, watch = Best(job.panel, run, rows), _watch(job, run, rows)
+    run.rotate_checkpoints(config.keep_checkpoints, watch.good() if watch else None)
     tracker_name = config.tracker if distributed.is_first() else NONE
     with _progress(console) as progress, Tracker(tracker_name, run.path) as tracker:
         task = progress.add_task("training", total=config.steps, completed=first, note="")

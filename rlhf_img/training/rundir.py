@@ -150,10 +150,14 @@ class RunDir:
         if keep_last < 1:
             raise ValueError(f"keep_last must be at least 1, got {keep_last}")
         path = self._write_folder(self.path / "checkpoints" / f"step_{step:06d}", write)
+        self.rotate_checkpoints(keep_last, keep)
+        return path
+
+    def rotate_checkpoints(self, keep_last: int, keep: Checkpoint | None = None) -> None:
+        """Deletes all but the `keep_last` newest and `keep`, also what a killed run had no time to delete."""
         for old in self.checkpoints()[:-keep_last] if self._writes else []:
             if old != keep:
                 self._discard(old.path)
-        return path
 
     def checkpoints(self) -> list[Checkpoint]:
         """Every whole checkpoint, oldest first."""
