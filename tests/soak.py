@@ -4,9 +4,9 @@
     python tests/soak.py --kills 3 --algorithms dpo --seed 7
 
 A point is one of three kinds, each counted in an uninterrupted run and then drawn at random: a file or folder of the
-run that is opened, made, renamed or removed (so also within a checkpoint), a forward of the transformer (so also within
-a rollout, a gradient and an evaluation), and a call of the reward (so while it is in flight). The process counts its
-own audit events and kills itself; nothing in the product knows of it. Half of the resumed runs are killed once more.
+run that is opened, made, renamed or removed (so also within a checkpoint), a forward of a transformer's block (so also
+within a rollout, a gradient and an evaluation), and a call of the reward (so while it is in flight). The process counts
+its own audit events and kills itself; nothing in the product knows of it. Half of the resumed runs are killed once more.
 """
 
 import argparse
@@ -100,7 +100,7 @@ def launch(command: list[str], out: Path, point: Point | None = None, counts: Pa
 
 def _child(command: list[str], out: Path, point: Point | None, counts: Path | None) -> None:
     import torch
-    from diffusers import Krea2Transformer2DModel
+    from diffusers.models.transformers.transformer_krea2 import Krea2TransformerBlock
 
     from rlhf_img.cli.main import main
 
@@ -127,7 +127,7 @@ def _child(command: list[str], out: Path, point: Point | None, counts: Path | No
                 point.action(out)
 
     def forward(module: torch.nn.Module, _: object) -> None:
-        if isinstance(module, Krea2Transformer2DModel):
+        if isinstance(module, Krea2TransformerBlock):
             sys.audit("soak.forward")
 
     torch.nn.modules.module.register_module_forward_pre_hook(forward)

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from rlhf_img.playground.render import SCALE, draw_word, render
 from rlhf_img.playground.scene import SIZE, sample_scene
 from rlhf_img.rewards import Images, load_rewards
 from rlhf_img.training import sentinels
+from rlhf_img.training.evaluate import Evaluation, transfer_ratios
 from rlhf_img.training.prompts import Prompt
 from rlhf_img.training.rundir import RunDir
 from rlhf_img.training.watch import SentinelConfig, Watch, Watched, band
@@ -108,6 +109,20 @@ def test_transfer_is_the_held_out_gain_over_that_of_the_trained_rewards() -> Non
     assert math.isnan(gain) and ratios == {}
 
 
+def test_transfer_on_held_out_prompts_by_hand() -> None:
+    def evaluation(**rewards: list[float]) -> Evaluation:
+        return Evaluation(rewards=rewards, pass_all=[0.0] * 4, pass_requirement=[], by_check={}, diversity=[])
+
+    before = evaluation(a=[0.0, 2.0, 0.0, 2.0], held=[0.0, 4.0, 4.0, math.nan])
+    after = evaluation(a=[1.0, 3.0, 1.0, 3.0], held=[1.0, 5.0, 5.0, 9.0])
+    found = transfer_ratios(before, after, ["a"])
+    # a has a spread of 1 and gains 1; what is known of held has one of 32 ** 0.5 / 3 and gains 1
+    assert found is not None and found["gain"] == {"mean": 1.0, "low": 1.0, "high": 1.0}
+    assert found["ratios"]["held"]["mean"] == pytest.approx(3 / 32**0.5)
+    assert transfer_ratios(before, before, ["a"])["ratios"] == {"held": None}  # type: ignore[index]
+    assert transfer_ratios(before, after, []) is None
+
+
 def test_a_band_is_four_standard_errors_wide_at_least_and_has_the_sides_that_matter() -> None:
     config = SentinelConfig(warn=0.7, stop=0.95)
     assert band(config, "saturation", 64, 64).warn == pytest.approx((0.5 - 4 * 0.0512, 0.5 + 4 * 0.0512), abs=1e-3)
@@ -158,64 +173,64 @@ def lettered(x: Tensor, t: float) -> Tensor:
 
 
 def emptied(x: Tensor, t: float) -> Tensor:
-    """Things fade into the background."""
-    background = x.flatten(2).median(2).values[..., None, None]
-    return background + (1 - t) * (x - background)
+    """A share t of the images loses all that is on its background."""
+    background = x.flatten(2).median(2).values[..., None, None].expand_as(x)
+    return torch.stack([background[k] if k % 10 < 10 * t else image for k, image in enumerate(x)])
 
 
-def watched(tmp_path: Path, draw: Any, config: SentinelConfig | None = None) -> dict[str, float]:
+def watched(tmp_path: Path, draw: Any) -> tuple[Watch, dict[str, float]]:
     """What the sentinels say of images that `draw` makes, against the scenes."""
     prompts = [Prompt("a red circle") for _ in range(32)]
     with RunDir.create(tmp_path) as opened:
         (tmp_path / "bright.py").write_text(BRIGHT)
         rewards = load_rewards(f"{tmp_path / 'bright.py'}:bright")
         watch = Watch(
-            Watched(config=config or SentinelConfig(), prompts=prompts, rewards=rewards, trained_on=["bright"],
-                    period=16, draw=draw, draw_raw=scenes),
+            Watched(config=SentinelConfig(), prompts=prompts, rewards=rewards, trained_on=["bright"], period=16,
+                    draw=draw, draw_raw=scenes),
             opened, [],
         )  # fmt: skip
-        return watch.look(1)
+        return watch, watch.look(1)
 
 
 @pytest.mark.parametrize(
-    ("hack", "name"), [(saturated, "saturation"), (lettered, "characters"), (emptied, "edge_density")]
+    ("hack", "name"), [(saturated, "saturation"), (lettered, "edge_density"), (emptied, "jpeg")]
 )
-def test_a_planted_hack_is_seen_half_way_and_stopped_when_it_is_done(hack: Any, name: str, tmp_path: Path) -> None:
-    limits = {n: band(SentinelConfig(), n, 64, 64) for n in ("saturation", "edge_density")}
-    limits["characters"] = band(SentinelConfig(), "characters", 32, 32)
-    half, done = (
-        watched(tmp_path / str(t), lambda prompts, seeds, t=t: hack(scenes(prompts, seeds), t)) for t in (0.5, 1.0)
-    )
-    assert limits[name].left(half[f"sentinel/{name}/place"]) and half["sentinel/out"] >= 1
-    assert limits[name].far(done[f"sentinel/{name}/place"]) or name == "characters"
+def test_a_planted_hack_is_seen_half_way_and_stops_the_run_when_it_is_done(
+    hack: Callable[[Tensor, float], Tensor], name: str, tmp_path: Path
+) -> None:
+    for t in (0.5, 1.0):
+        watch, seen = watched(tmp_path / str(t), lambda prompts, seeds, t=t: hack(scenes(prompts, seeds), t))
+        assert any(text.startswith(f"{name} ") for text in watch.left(seen))
+        assert (t == 1.0) == (watch.must_stop(seen) is not None)
+        if hack is lettered:
+            assert seen["sentinel/characters"] > 2 * t  # of an image
 
 
 @pytest.mark.parametrize("other", [1_000, 2_000, 3_000])
 def test_sound_images_of_other_seeds_leave_no_band(other: int, tmp_path: Path) -> None:
-    seen = watched(tmp_path, lambda prompts, seeds: scenes(prompts, [seed + other for seed in seeds]))
-    assert seen["sentinel/out"] == 0
+    watch, seen = watched(tmp_path, lambda prompts, seeds: scenes(prompts, [seed + other for seed in seeds]))
+    assert watch.left(seen) == [] and seen["sentinel/out"] == 0
 
 
 def test_the_same_images_stand_in_the_middle_and_have_not_drifted(tmp_path: Path) -> None:
-    seen = watched(tmp_path, scenes)
+    _, seen = watched(tmp_path, scenes)
     for name in ("saturation", "grid", "jpeg", "characters", "diversity"):
         assert seen[f"sentinel/{name}/place"] == 0.5
     assert seen["sentinel/drift"] == 0.0 and seen["sentinel/drift/place"] == 0.0
 
 
-WATCHED = "sentinels.every=1", "sentinels.prompts=4", "sentinels.characters=false", "steps=12", "grpo.kl=0"
+WATCHED = "sentinels.every=1", "sentinels.images=16", "sentinels.characters=false", "grpo.kl=0"
 
 
 def test_a_run_that_leaves_its_band_ends_with_its_last_good_weights(
     files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "run"
-    names = ["saturation", "dark_share", "edge_density", "colour_entropy", "grid", "high_freq", "diversity", "drift"]
-    more = *WATCHED, "grpo.lr=3e-2", "sentinels.stop=0.9", "keep_checkpoints=1", f"sentinels.off={json.dumps(names)}"
-    assert run(monkeypatch, arguments(files, out, *more)) == 3
+    more = *WATCHED, "steps=12", "grpo.lr=3e-2", "sentinels.stop=0.75", "sentinels.min_transfer=null"
+    assert run(monkeypatch, arguments(files, out, *more, "keep_checkpoints=1")) == 3
     said = " ".join(capsys.readouterr().err.split())
     rows = lines(out)
-    assert "jpeg left what Raw draws" in said and rows[-1]["sentinel/out"] == 1
+    assert "left what Raw draws" in said and rows[-1]["sentinel/out"] >= 1
     good = [row["step"] for row in rows if row["sentinel/out"] == 0][-1]
     folder = out / "checkpoints" / f"step_{good:06d}"
     assert str(folder) in said and folder.is_dir()
@@ -236,7 +251,7 @@ def test_transfer_is_measured_on_held_out_prompts_and_in_eval_json(
     files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "run"
-    more = "steps=1", *WATCHED[:3], f"eval.rewards={files / 'bright.py'}:dark"
+    more = "steps=1", *WATCHED, f"eval.rewards={files / 'bright.py'}:dark"
     assert run(monkeypatch, arguments(files, out, *more)) == 0
     (row,) = lines(out)
     assert "sentinel/reward/dark/place" in row and "sentinel/reward/bright/place" not in row
