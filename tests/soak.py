@@ -6,7 +6,7 @@
 A point is one of three kinds, each counted in an uninterrupted run and then drawn at random: a file or folder of the
 run that is opened, made, renamed or removed (so also within a checkpoint), a forward of a transformer's block (so also
 within a rollout, a gradient and an evaluation), and a call of the reward (so while it is in flight). The process counts
-its own audit events and kills itself; nothing in the product knows of it. Half of the resumed runs are killed once more.
+its own audit events and kills itself; nothing in the product knows of it. Half of the resumed runs are killed again.
 """
 
 import argparse
