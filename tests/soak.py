@@ -150,8 +150,15 @@ def left(out: Path) -> dict[str, object]:
         name = str(path.relative_to(out))
         # config.yaml names the command, card.json times; the report shows both
         if path.is_file() and name not in ("metrics.jsonl", "config.yaml", "card.json", "report.html", ".lock"):
-            found[name] = path.read_bytes()
+            found[name] = _weights(path) if path.suffix == ".safetensors" else path.read_bytes()
     return found
+
+
+def _weights(path: Path) -> tuple[object, bytes]:
+    """Header and bytes of a safetensors file, whose header says the same in an order that changes from time to time."""
+    content = path.read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    return json.loads(content[8:end]), content[end:]
 
 
 def differences(one: dict[str, object], other: dict[str, object]) -> list[str]:

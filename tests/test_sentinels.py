@@ -240,7 +240,7 @@ def test_a_run_that_leaves_its_band_ends_with_its_last_good_weights(
     assert sum(float(v.square().sum()) for v in exported.values()) == pytest.approx(
         sum(float(v.square().sum()) for v in average.values()), rel=1e-5
     )
-    assert "stopped" in (out / "report.html").read_text()
+    assert "Stopped by a sentinel at step" in (out / "report.html").read_text()
     # the same run goes on where the user allows it
     assert run(monkeypatch, ["grpo", "--out", str(out), "--resume", "sentinels.stop=null", f"steps={len(rows)}"]) == 0
     assert [row["step"] for row in lines(out)] == list(range(1, len(rows) + 1))
