@@ -83,7 +83,7 @@ def _read(file: Path) -> Any:
 
 def _limits(warn: list[float | None]) -> Limits:
     low, high = warn
-    return 0.0 if low is None else low, 1.0 if high is None else high
+    return 0.0 if low is None else max(low, 0.0), 1.0 if high is None else min(high, 1.0)
 
 
 def _sentinel(run: Run, name: str, warn: list[float | None], raw: list[float | None]) -> Sentinel:
