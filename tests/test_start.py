@@ -108,6 +108,14 @@ def test_people_calibrate_what_synthetic_pairs_began(
     assert rows[1]["pairs/drift"] > 0
 
 
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["full=true"], "rlhf-img export"),
+        (["--start", "UNFINISHED"], "has no LoRA: finish it with --resume"),
+        (["--start", "nowhere"], "there is no pytorch_lora_weights"),
+    ],
+)
 def test_what_cannot_be_gone_on_from_is_refused(
     files: Path, first: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],  # noqa: F811
     more: list[str], message: str,
