@@ -23,7 +23,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tiny import PROMPTS, save_tiny
+from tiny import PROMPTS, SIZE, save_tiny
 
 KINDS = ("file", "forward", "reward")
 _FILE_EVENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "shutil.rmtree"}
@@ -61,15 +61,19 @@ class Point:
 
 def make_files(folder: Path) -> Path:
     """A tiny model, prompts, pairs and a reward."""
-    from test_pairs import pair
+    from PIL import Image
 
-    from rlhf_img.training.pairs import write_pairs
+    from rlhf_img.training.pairs import Pair, encode_image, write_pairs
+
+    def png(level: int) -> bytes:
+        return encode_image(Image.new("RGB", (SIZE, SIZE), (level, level, 255 - level)))
 
     save_tiny(folder / "model")
     (folder / "prompts.txt").write_text("\n".join(PROMPTS))
     (folder / "bright.py").write_text(_REWARD)
     texts = [f"{prompt}{end}" for prompt in PROMPTS for end in ("", " on grey", " above a star")]
-    write_pairs(folder / "pairs" / "pairs-00000.parquet", [pair(i, texts[i % 12]) for i in range(24)])
+    pairs = [Pair(prompt=texts[i % 12], chosen=png(200 - i), rejected=png(i), source="by hand") for i in range(24)]
+    write_pairs(folder / "pairs" / "pairs-00000.parquet", pairs)
     return folder
 
 

@@ -69,6 +69,11 @@ def lines(run_folder: Path) -> list[dict[str, float]]:
     return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows]
 
 
+def state(run_folder: Path) -> bytes:
+    newest = max((run_folder / "checkpoints").iterdir())
+    return (newest / "policy.safetensors").read_bytes()
+
+
 def test_a_run_leaves_what_the_design_promises(
     files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
