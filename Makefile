@@ -10,7 +10,7 @@ export RLHF_IMG_VLLM_PYTHON ?= $(if $(wildcard $(VLLM)/.installed),$(CURDIR)/$(V
 # Extra arguments: make grpo ARGS="--seed 1", make test ARGS="-k report"
 ARGS ?=
 
-.PHONY: help grpo recipe test check format wheel vllm clean
+.PHONY: help grpo recipe test soak check format wheel vllm clean
 .DEFAULT_GOAL := help
 
 help: ## Show these commands
@@ -24,6 +24,9 @@ recipe: $(INSTALLED) ## Raw -> STPO -> GRPO -> TDM on the embedded model, portab
 
 test: check ## Lint, check types, run all tests
 	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 $(ARGS)
+
+soak: $(INSTALLED) ## Kill runs of every algorithm 20 times each, resume them, and compare to the bit; ARGS="--kills 3"
+	$(BIN)/python tests/soak.py $(ARGS)
 
 check: $(INSTALLED) ## Lint and check types
 	$(BIN)/ruff check

@@ -29,7 +29,7 @@ from rlhf_img.training.prompts import Prompt
 SMALL = (
     "steps=4", "eval.prompts=4", "eval.num_steps=2", "eval.diversity_prompts=2", "eval.diversity_images=2", "samples=2",
     "checkpoint_every=1", "sample_every=0", "tracker=none", "lora.rank=4", "dpo.pairs=4", "dpo.calibration_steps=2",
-    "heldout_pairs=4", "measure_every=2",
+    "heldout_pairs=4", "measure_every=2", "sentinels.every=0",
 )  # fmt: skip
 
 

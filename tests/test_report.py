@@ -266,6 +266,55 @@ def test_a_judge_that_changed_is_said_and_what_it_did_not_answer_is_counted(tmp_
     assert "moved by up to 0.31" in build([run]).read_text()
 
 
+def watch(run: Path, places: dict[int, float], *, stopped: dict[str, object] | None = None) -> None:
+    """Adds a sentinel of band 0.3 to 0.7 that stood there at these steps."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for step, place in places.items():
+        lines[step - 1] |= {
+            "sentinel/jpeg": 1.5, "sentinel/jpeg/place": place, "sentinel/out": float(not 0.3 <= place <= 0.7),
+        }  # fmt: skip
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    bands = {"jpeg": {"warn": [0.3, 0.7], "stop": [0.05, 0.95]}, "drift": {"warn": [None, 0.7], "stop": [None, None]}}
+    raw = {"jpeg": [1.0, None, 2.0], "drift": []}
+    (run / "sentinels.json").write_text(json.dumps({"bands": bands, "raw": raw, "stopped": stopped}))
+
+
+@pytest.mark.parametrize(
+    ("places", "stopped", "verdict"),
+    [
+        ({10: 0.5, 20: 0.6}, None, "All sentinels stayed inside of Raw's band"),
+        ({10: 0.8, 20: 0.6}, None, "on the way these were not: jpeg (step 10)"),
+        ({10: 0.5, 20: 0.8}, None, "Sentinels outside of Raw's band: jpeg (last all inside at step 10)"),
+        ({10: 0.8}, None, "jpeg (never all inside)"),
+        ({10: 0.5, 20: 0.99}, {"step": 20, "why": "jpeg left what Raw draws", "good": 10},
+         "Stopped by a sentinel at step 20: jpeg left what Raw draws; the last good checkpoint is that of step 10"),
+    ],
+)  # fmt: skip
+def test_where_the_sentinels_stood_is_said_first(
+    places: dict[int, float], stopped: dict[str, object] | None, verdict: str, tmp_path: Path
+) -> None:
+    run = write_run(tmp_path / "run")
+    watch(run, places, stopped=stopped)
+    page = read(build([run]))
+    assert page.text.count(verdict) == 2 and page.text.index(verdict) < page.text.index("Which requirements are met")
+    assert "bits a pixel as JPEG" in page.text
+    shaded = [attrs for tag, attrs in page.elements if tag == "rect" and attrs.get("class") == "band"]
+    # places 0 to 1 are drawn from y = 128 up to 8: the band from 0.3 to 0.7 is 48 high and ends at 44
+    assert [(attrs["y"], attrs["height"]) for attrs in shaded] == [("44.0", "48.0")]
+
+
+def test_the_transfer_to_what_was_held_out_is_shown(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    watch(run, {10: 0.5})
+    raw = json.loads((run / "eval.json").read_text())
+    ratios = {"judge": {"mean": 0.83, "low": 0.4, "high": 1.2}, "other": None}
+    raw["transfer"] = {"trained_on": ["rubric"], "gain": interval(0.4), "ratios": ratios}
+    (run / "eval.json").write_text(json.dumps(raw))
+    text = read(build([run])).text
+    assert "Transfer to judge, which was not trained on: 0.83 of their gain (0.40 to 1.20)" in text
+    assert "Transfer to other, which was not trained on: the trained rewards gained too little to say" in text
+
+
 def test_several_runs_stand_side_by_side(tmp_path: Path) -> None:
     runs = [write_run(tmp_path / "a"), write_run(tmp_path / "b", gain=-0.15, steps=20, seed=1)]
     out = build(runs, tmp_path / "both.html")

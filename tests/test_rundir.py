@@ -43,7 +43,7 @@ def test_a_folder_with_a_run_is_refused_unless_resumed(tmp_path: Path) -> None:
 def test_two_runs_never_share_a_folder(tmp_path: Path) -> None:
     with RunDir.create(tmp_path) as run:
         run.write_config({})
-        with pytest.raises(RlhfImgError, match="in use by another run"):
+        with pytest.raises(RlhfImgError, match=rf"in use by another run \(process {os.getpid()}\)"):
             RunDir.create(tmp_path, resume=True)
     RunDir.create(tmp_path, resume=True).close()
 
@@ -65,6 +65,19 @@ def test_only_the_newest_checkpoints_stay(tmp_path: Path) -> None:
         run.save_checkpoint(100, state("again"))
         assert (tmp_path / "checkpoints" / "step_000100" / "state.txt").read_text() == "again"
         assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step_000100", "step_1000000"]
+
+
+def test_a_good_checkpoint_stays_beside_the_newest(tmp_path: Path) -> None:
+    with RunDir.create(tmp_path) as run:
+        good = None
+        for step in range(1, 7):
+            run.save_checkpoint(step, state(), keep_last=1, keep=good)
+            good = run.latest_checkpoint() if step in (1, 3) else good
+        assert [c.step for c in run.checkpoints()] == [3, 6]
+        run.save_checkpoint(7, state(), keep_last=5)  # killed before it could delete, with keep_last=1
+    with RunDir.create(tmp_path, resume=True) as run:
+        run.rotate_checkpoints(1, good)
+        assert [c.step for c in run.checkpoints()] == [3, 7]
 
 
 @pytest.mark.parametrize(

@@ -25,8 +25,7 @@ def first(files: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noq
     """A finished run on pairs, whose adapter has moved."""
     out = tmp_path_factory.mktemp("start") / "dpo"
     with pytest.MonkeyPatch.context() as patch:
-        assert run(patch, words(files, out, "dpo.lr=1e-2", "dtype=float32", "max_winner_rise=null",
-                                "max_detail_change=null")) == 0  # fmt: skip
+        assert run(patch, words(files, out, "dpo.lr=1e-2", "dtype=float32", "max_winner_rise=null")) == 0
     return out
 
 
@@ -102,22 +101,11 @@ def test_people_calibrate_what_synthetic_pairs_began(
 ) -> None:
     """A second stage on other pairs: at its start it is undecided, as it is its own reference."""
     out = tmp_path / "second"
-    more = ("--start", str(first), "dtype=float32", "max_winner_rise=null", "max_detail_change=null", "steps=2")
+    more = ("--start", str(first), "dtype=float32", "max_winner_rise=null", "steps=2")
     assert run(monkeypatch, [*words(files, out), *more]) == 0
     rows = lines(out)
     assert rows[0]["pairs/drift"] == 0.0 and rows[0]["pairs/accuracy"] == 0.5
     assert rows[1]["pairs/drift"] > 0
-    assert rows[1]["heldout/detail_ratio"] > 0
-
-
-def test_detail_is_measured_against_the_reference_and_stops_a_run(
-    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]  # noqa: F811
-) -> None:
-    more = ("max_winner_rise=null", "dpo.lr=0.02", "detail_images=2", "max_detail_change=1e-4")
-    assert run(monkeypatch, [*words(files, tmp_path / "run"), *more]) == 3
-    assert "finest detail of images" in capsys.readouterr().err
-    assert run(monkeypatch, [*words(files, tmp_path / "none"), "detail_images=0", "max_winner_rise=null"]) == 0
-    assert "heldout/detail_ratio" not in lines(tmp_path / "none")[-1]
 
 
 @pytest.mark.parametrize(

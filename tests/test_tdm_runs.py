@@ -30,7 +30,7 @@ from rlhf_img.training.panel import Panel
 SMALL = (
     "tdm.prompts=2", "tdm.images=2", "tdm.num_steps=3", "tdm.guidance=1", "tdm.lr=1e-2", "eval.num_steps=3",
     "eval.diversity_prompts=2", "eval.diversity_images=2", "full_steps=4", "samples=2", "checkpoint_every=1",
-    "sample_every=0", "tracker=none", "dtype=float32",
+    "sample_every=0", "tracker=none", "dtype=float32", "sentinels.every=0",
 )  # fmt: skip
 
 

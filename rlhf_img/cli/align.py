@@ -13,7 +13,7 @@ import typer
 
 from rlhf_img.cli.processes import launch, started
 from rlhf_img.config import describe, from_mapping, load_yaml, merge, parse_overrides, to_mapping, versions
-from rlhf_img.errors import RlhfImgError
+from rlhf_img.errors import RlhfImgError, RunStopped
 
 if TYPE_CHECKING:
     from rlhf_img.training.rundir import RunDir
@@ -316,7 +316,12 @@ def _run(algorithm: str, given: dict[str, Any], out: Path | None, resume: bool, 
                 "algorithm": algorithm, "command": shlex.join(["rlhf-img", *sys.argv[1:]]), "seed": config.seed,
                 "config": to_mapping(config), "processes": distributed.world(), "versions": versions(),
             })  # fmt: skip
-            result = train(job, run, console)
+            try:
+                result = train(job, run, console)
+            except RunStopped:
+                if first and (out / "metrics.jsonl").exists():
+                    build([out], None)
+                raise
     if not first:
         return
     page = build([out], None)
@@ -336,15 +341,15 @@ def _text(path: Path | None) -> str | None:
 
 
 def _config(config: type[_Config], run: "RunDir", given: dict[str, Any], resume: bool) -> _Config:
-    """The settings given; of a resumed run its own, of which only `steps` may be changed: anything else would make
-    another run of it."""
+    """The settings given; of a resumed run its own, of which only `steps` and the sentinels, which do not train, may be
+    changed: anything else would make another run of it."""
     if not resume:
         return from_mapping(config, given, "settings")
     saved = run.read_config()
     before = from_mapping(config, saved["config"], "the run's config.yaml")
     after = from_mapping(config, merge(saved["config"], given), "settings")
     old, new = to_mapping(before), to_mapping(after)
-    changed = [key for key in old if old[key] != new[key] and key != "steps"]
+    changed = [key for key in old if old[key] != new[key] and key not in ("steps", "sentinels")]
     if changed:
         raise RlhfImgError(
             f"a resumed run keeps its settings, and {', '.join(changed)} would change: leave them out, "

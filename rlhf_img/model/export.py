@@ -30,7 +30,7 @@ def save_lora(model: Model, role: str, folder: str | Path) -> Path:
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".lora-") as scratch:
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".partial-") as scratch:
             Krea2Pipeline.save_lora_weights(
                 scratch,
                 transformer_lora_layers=get_peft_model_state_dict(model.transformer, adapter_name=role),

@@ -20,14 +20,17 @@ class Line(NamedTuple):
     y: Sequence[float | None]
 
 
-def line_chart(title: str, lines: Sequence[Line]) -> Markup:
-    """The raw values faint and their running mean over a tenth of the run strong. Gaps stay gaps."""
+def line_chart(title: str, lines: Sequence[Line], band: tuple[float, float] | None = None) -> Markup:
+    """The raw values faint and their running mean over a tenth of the run strong. Gaps stay gaps.
+
+    `band`: where shares should be; it is shaded, and the chart goes from 0 to 1.
+    """
     xs = [x for line in lines for x in line.x]
     ys = [y for line in lines for y in line.y if y is not None]
     if not xs or not ys:
         return Markup('<p class="quiet">no values</p>')
     x_low, x_high = min(xs), max(xs)
-    ticks = nice_ticks(min(ys), max(ys))
+    ticks = nice_ticks(min(ys), max(ys)) if band is None else [0.0, 0.5, 1.0]
     y_low, y_high = min(ticks[0], min(ys)), max(ticks[-1], max(ys))
 
     def at(x: float, y: float) -> tuple[float, float]:
@@ -35,7 +38,8 @@ def line_chart(title: str, lines: Sequence[Line]) -> Markup:
         up = (y - y_low) / (y_high - y_low)
         return _LEFT + across * (WIDTH - _LEFT - _RIGHT), HEIGHT - _BOTTOM - up * (HEIGHT - _TOP - _BOTTOM)
 
-    parts = [_y_axis(at(x_low, tick)[1], tick, ticks) for tick in ticks]
+    parts = [] if band is None else [_shaded(at(x_high, band[1])[1], at(x_low, band[0])[1])]
+    parts += [_y_axis(at(x_low, tick)[1], tick, ticks) for tick in ticks]
     parts += [
         Markup('<text class="tick" x="{}" y="{}">step {:g}</text>').format(_LEFT, HEIGHT - 6, x_low),
         Markup('<text class="tick end" x="{}" y="{}">{:g}</text>').format(WIDTH - _RIGHT, HEIGHT - 6, x_high),
@@ -96,6 +100,12 @@ def _y_axis(y: float, tick: float, ticks: Sequence[float]) -> Markup:
     return Markup('<line class="{}" x1="{}" x2="{}" y1="{:.1f}" y2="{:.1f}"/>').format(
         kind, _LEFT, WIDTH - _RIGHT, y, y
     ) + Markup('<text class="tick end" x="{}" y="{:.1f}">{}</text>').format(_LEFT - 6, y + 3.5, short(tick))
+
+
+def _shaded(top: float, bottom: float) -> Markup:
+    return Markup('<rect class="band" x="{}" y="{:.1f}" width="{}" height="{:.1f}"/>').format(
+        _LEFT, top, WIDTH - _LEFT - _RIGHT, bottom - top
+    )
 
 
 def _path(line: Line, values: Sequence[float | None], at: object, kind: str) -> Markup:

@@ -49,6 +49,8 @@ def _about_training(run: Run) -> list[str]:
         )
     if not any(key.startswith("sentinel/") for key in run.metrics):
         notes.append("No sentinels were recorded, so reward hacking would go unseen here.")
+    elif not any(key.startswith("sentinel/reward/") for key in run.metrics):
+        notes.append("Every reward that was measured was also trained on: give eval.rewards one of another family.")
     if "kl" not in run.metrics:
         notes.append("The distance from the original model (KL) was not recorded.")
     if "time/step" not in run.metrics:

@@ -16,6 +16,7 @@ from rlhf_img.report.images import Strip, data_uri, strips
 from rlhf_img.report.load import Checkpoint, Interval, Run, load_run
 from rlhf_img.report.notes import derived_notes
 from rlhf_img.report.ported import Ported, load_ported
+from rlhf_img.report.sentinels import EXPLAINED, PLACE, Sentinels, bands, load_sentinels
 
 _EXPLAINED = {
     "rubric/pass_all": "share of training images that meet every requirement",
@@ -44,8 +45,6 @@ _EXPLAINED = {
     "heldout/winner_rise": "held-out winners' error against the reference's; above 0 they have become less likely",
     "heldout/loser_rise": "held-out losers' error against the reference's",
     "heldout/drift": "mean squared distance of velocities from the reference's, on held-out pairs",
-    "heldout/detail_ratio": "energy in the finest detail of images, over the reference's; away from 1 it leaves its "
-    "distribution",
     "beta_mean": "strength of the preference, on errors averaged over dimensions",
     "beta_sum": "strength of the preference, on summed errors",
     "loss/low": "SFT: error at noise levels below 1/3",
@@ -66,15 +65,13 @@ _EXPLAINED = {
     "pool/effective": "how many equally likely prompts would be as varied as this draw",
     "panel/score": "what decides which weights are kept, and when to stop",
     "panel/saturation": "mean colour saturation on the panel",
-    "sentinel/diversity": "how different the images of one prompt are",
-    "sentinel/high_freq": "share of energy in the finest detail: noise, grids",
-    "sentinel/saturation": "mean colour saturation",
-    "sentinel/edge_density": "share of pixels on edges",
-    "sentinel/dark_share": "share of almost black pixels",
+    "transfer/gain": "what the trained rewards gained on held-out prompts, in spreads of Raw",
 }
+_EXPLAINED |= {f"sentinel/{name}": text for name, text in EXPLAINED.items()}
 _GROUPS = {
     "Rewards": ("reward/", "rubric/"),
-    "Sentinels: a drift here while rewards rise is a warning": ("sentinel/",),
+    "Sentinels, as the share of Raw's images below the policy's; grey is the band": ("sentinel/",),
+    "Transfer: what held-out rewards gained for each spread that the trained ones gained": ("transfer/",),
     "Pairs: a margin that grows while both images become less likely is divergence": ("pairs/", "heldout/"),
     "Validation panel: when it was best, the weights were kept": ("panel/",),
     "Prompt pool: which prompts are drawn, and what they teach": ("pool/", "zero_spread_groups"),
@@ -135,6 +132,7 @@ class RunView:
     strips: tuple[Strip, ...]
     card_sheet: str | None
     ported: Ported | None
+    sentinels: Sentinels | None
     times: tuple[TimeShare, ...]
     seconds: float | None
     steps: int
@@ -214,6 +212,7 @@ def _view(run: Run, index: int) -> RunView:
         strips=tuple(strips(run)),
         card_sheet=data_uri(run.card.sheet, 1024) if run.card else None,
         ported=ported,
+        sentinels=load_sentinels(run),
         times=tuple(_times(run.metrics)),
         seconds=_total(run.metrics, "time/step"),
         steps=len(run.metrics.get("step", [])),
@@ -250,6 +249,7 @@ def _chart_groups(views: Sequence[RunView]) -> dict[str, list[Chart]]:
     """Every metric once, in the first group that claims it. Step, times and counts that stay 0 have no curve."""
     keys = dict.fromkeys(key for view in views for key in view.run.metrics)
     left = [key for key in keys if key != "step" and not key.startswith("time/")]
+    left = [k for k in left if f"{k}{PLACE}" not in keys and k != "sentinel/out"]
     left = [k for k in left if not k.endswith("/unscored") or any(any(v.run.metrics.get(k, ())) for v in views)]
     groups: dict[str, list[Chart]] = {}
     for title, prefixes in _GROUPS.items():
@@ -268,7 +268,8 @@ def _chart(key: str, views: Sequence[RunView]) -> Chart:
         lines.append(Line(view.name, view.index, [x for x, _ in pairs], [y for _, y in pairs]))
     lasts = [[y for y in line.y if y is not None][-1:] for line in lines]
     latest = " / ".join(short(last[0]) if last else "none" for last in lasts)
-    return Chart(key, _EXPLAINED.get(key, ""), latest, line_chart(key, lines))
+    band = next((found[key] for view in views if key in (found := bands(view.run))), None)
+    return Chart(key, _EXPLAINED.get(key.removesuffix(PLACE), ""), latest, line_chart(key, lines, band))
 
 
 def _times(metrics: dict[str, list[float | None]]) -> list[TimeShare]:

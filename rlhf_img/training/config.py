@@ -6,6 +6,7 @@ from typing import Literal
 from rlhf_img.errors import RlhfImgError
 from rlhf_img.model.policy import LoRAConfig
 from rlhf_img.training.evaluate import EvalConfig
+from rlhf_img.training.watch import SentinelConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,6 +32,8 @@ class RunConfig:
     """Train all weights of the transformer's blocks instead of a LoRA; needs room for a second copy of them."""
     checkpoint_every: int = 10
     """Iterations between checkpoints."""
+    keep_checkpoints: int = 2
+    """So many of the newest stay, and the last one that was taken while all sentinels were inside of their bands."""
     sample_every: int = 20
     """Iterations between grids of sample images; 0: only before and after."""
     samples: int = 12
@@ -39,9 +42,12 @@ class RunConfig:
     """A tracker of accelerate ("tensorboard", "wandb", ...) or "none". metrics.jsonl is written in any case."""
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    sentinels: SentinelConfig = field(default_factory=SentinelConfig)
 
     def __post_init__(self) -> None:
         """Raises RlhfImgError for counts out of range."""
-        for name, least in (("steps", 1), ("checkpoint_every", 1), ("sample_every", 0), ("samples", 1)):
+        for name, least in (
+            ("steps", 1), ("checkpoint_every", 1), ("keep_checkpoints", 1), ("sample_every", 0), ("samples", 1),
+        ):  # fmt: skip
             if getattr(self, name) < least:
                 raise RlhfImgError(f"{name} must be {least} or more; got {getattr(self, name)}")

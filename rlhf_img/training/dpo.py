@@ -1,6 +1,5 @@
 """A run of preference optimisation: its settings, its parts, and one iteration."""
 
-import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,12 +23,9 @@ from rlhf_img.training import pairs as pair_room
 from rlhf_img.training import prompts as prompt_room
 from rlhf_img.training.adapters import begin_policy
 from rlhf_img.training.config import RunConfig
-from rlhf_img.training.evaluate import EVAL_SEED
 from rlhf_img.training.loop import Clock, Job, open_model, watched_rewards
 from rlhf_img.training.pairs import Pair
 from rlhf_img.training.prompts import Prompt
-from rlhf_img.training.samples import draw_images
-from rlhf_img.training.sentinels import high_frequency_energy
 
 _HELDOUT_SEED = 0
 """Of which pairs are held out and how they are noised; the same for every run, so that runs compare."""
@@ -56,11 +52,6 @@ class Config(RunConfig):
     """Iterations between measurements of the held-out pairs."""
     max_winner_rise: float | None = 0.25
     """The run stops if the held-out winners' error rises above the reference's by more than this share; null: never."""
-    detail_images: int = 16
-    """Held-out prompts that are drawn at each measurement, to see what becomes of fine detail; 0: none."""
-    max_detail_change: float | None = 0.5
-    """The run stops if the energy in their finest detail differs from the reference's by more than this share; null:
-    never."""
     dpo: DPOConfig = field(default_factory=DPOConfig)
 
     def __post_init__(self) -> None:
@@ -70,8 +61,6 @@ class Config(RunConfig):
             raise RlhfImgError(f"max_bad is a share between 0 and 1; got {self.max_bad}")
         if min(self.heldout_pairs, self.measure_every) < 1:
             raise RlhfImgError("heldout_pairs and measure_every must be 1 or more")
-        if self.detail_images < 0:
-            raise RlhfImgError(f"detail_images must be 0 or more; got {self.detail_images}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,9 +86,6 @@ class Parts:
     heldout: list[EncodedPair]
     beta: float
     """`beta_mean`, given or measured."""
-    detail_prompts: list[Prompt]
-    detail: float
-    """Mean energy in the finest detail of the reference's images of these prompts; NaN without any."""
 
 
 def prepare(config: Config) -> tuple[Parts, Job]:
@@ -118,18 +104,15 @@ def prepare(config: Config) -> tuple[Parts, Job]:
     )
     conditioner = Conditioner(model)
     beta = config.dpo.beta_mean or _measured_beta(config, model, policy, conditioner, train, heldout)
-    prompts = _heldout_prompts(config, heldout)
-    with policy.reference():
-        detail = _detail(config, model, conditioner, prompts[: config.detail_images])
     parts = Parts(
         config=config, model=model, policy=policy, conditioner=conditioner, optimizer=optimizer, pairs=train,
-        heldout=heldout, beta=beta, detail_prompts=prompts[: config.detail_images], detail=detail,
+        heldout=heldout, beta=beta,
     )  # fmt: skip
     dimensions = train[0].winner_NC.numel()
     measured = "" if config.dpo.beta_mean else f", measured in {config.dpo.calibration_steps} trial steps"
     job = Job(
         config=config, model=model, conditioner=conditioner, trained={"policy": (policy, optimizer)}, watched=watched,
-        heldout_prompts=prompts, iterate=partial(iteration, parts),
+        heldout_prompts=_heldout_prompts(config, heldout), iterate=partial(iteration, parts),
         notes=(
             *found.lines(),
             f"beta: {beta:.4g} on errors averaged over dimensions, {beta / dimensions:.3g} on their sum{measured}",
@@ -165,16 +148,11 @@ def iteration(parts: Parts, step: int) -> dict[str, float]:
 
 
 def measured(parts: Parts) -> dict[str, float]:
-    """Errors of the held-out pairs at fixed noise, and the fine detail of images, as `heldout/...`."""
+    """Errors of the held-out pairs at fixed noise, as `heldout/...`."""
     batches = _batches(parts.config, parts.model, parts.conditioner, parts.heldout, _HELDOUT_SEED)
     errors = dpo.measure(parts.policy, batches, parts.config.dpo)
     means = dpo.with_rises(dpo.describe(errors, parts.beta))
-    seen = {name.replace("pairs/", "heldout/"): value for name, value in means.items()}
-    if parts.detail_prompts:
-        with parts.policy.acting():
-            now = _detail(parts.config, parts.model, parts.conditioner, parts.detail_prompts)
-        seen["heldout/detail_ratio"] = now / parts.detail
-    return seen
+    return {name.replace("pairs/", "heldout/"): value for name, value in means.items()}
 
 
 def encode_pairs(model: Model, pairs: Iterable[Pair], *, at_once: int = 32) -> list[EncodedPair]:
@@ -289,28 +267,11 @@ def _batches(
     ]
 
 
-def _detail(config: Config, model: Model, conditioner: Conditioner, prompts: list[Prompt]) -> float:
-    """Mean energy in the finest detail of images of the active role; NaN for no prompts."""
-    if not prompts:
-        return math.nan
-    seeds = [EVAL_SEED + i for i in range(len(prompts))]
-    images = draw_images(
-        model, conditioner, prompts, seeds, num_steps=config.eval.num_steps, guidance=config.eval.guidance
-    )
-    return float(high_frequency_energy(images).mean())
-
-
 def _stop_if_diverged(config: Config, step: int, seen: Mapping[str, float]) -> None:
-    found = []
-    rise, detail = seen["heldout/winner_rise"], seen.get("heldout/detail_ratio", 1.0) - 1
+    rise = seen["heldout/winner_rise"]
     if config.max_winner_rise is not None and not rise <= config.max_winner_rise:
-        found.append(f"the held-out winners' error is {rise:+.0%} against the reference's, and at most "
-                     f"{config.max_winner_rise:+.0%} is borne (max_winner_rise)")
-    if config.max_detail_change is not None and not abs(detail) <= config.max_detail_change:
-        found.append(f"the energy in the finest detail of images is {detail:+.0%} against the reference's, and at most "
-                     f"{config.max_detail_change:.0%} of change is borne (max_detail_change)")
-    if found:
         raise RunStopped(
-            f"iteration {step}: {'; '.join(found)}: the model leaves its distribution. Take an STPO loss, a lower "
-            "dpo.lr or a larger dpo.beta_mean, or allow more"
+            f"iteration {step}: the held-out winners' error is {rise:+.0%} against the reference's, and at most "
+            f"{config.max_winner_rise:+.0%} is borne (max_winner_rise): the model leaves its distribution. Take an "
+            "STPO loss, a lower dpo.lr or a larger dpo.beta_mean, or allow more"
         )

@@ -1,6 +1,7 @@
 """Held-out evaluation: the same prompts and seeds before and after, with bootstrap intervals over prompts."""
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +15,7 @@ from rlhf_img.training import distributed
 from rlhf_img.training.intervals import as_array, interval, ratio_interval
 from rlhf_img.training.prompts import Prompt
 from rlhf_img.training.samples import Drawn, Progress, draw, draw_images, merge
-from rlhf_img.training.sentinels import diversity, high_frequency_energy
+from rlhf_img.training.sentinels import LEAST_GAIN, diversity, high_frequency_energy
 
 EVAL_SEED = 7_000_000
 """First image seed of evaluations; far from those of rollouts, and the same for every run, so that runs compare."""
@@ -130,6 +131,42 @@ def compare(before: Evaluation, after: Evaluation) -> dict[str, Any]:
         "diversity_ratio": ratio_interval(as_array(after.diversity), as_array(before.diversity)),
         **_high_freq_ratio(before, after),
     }
+
+
+def transfer_ratios(
+    before: Evaluation, after: Evaluation, trained_on: Sequence[str], resamples: int = 2000
+) -> dict[str, Any] | None:
+    """Whether the gain is real: that of each held-out reward over the mean one of the rewards trained on, both in
+    spreads of the images before; with 95 % bootstrap intervals over prompts. None if nothing was trained on.
+
+    Where the trained rewards have gained less than 0.2 spreads there is no ratio (null).
+    """
+    if not trained_on:
+        return None
+    old, new = ({name: as_array(values) for name, values in e.rewards.items()} for e in (before, after))
+    rows = np.random.default_rng(0).integers(len(before.pass_all), size=(resamples, len(before.pass_all)))
+    with np.errstate(divide="ignore", invalid="ignore"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # a resample in which nothing is scored is NaN
+        gains = {
+            name: np.append(np.nanmean((new[name] - old[name])[rows], 1), np.nanmean(new[name] - old[name]))
+            / np.nanstd(old[name])
+            for name in old
+        }
+        trained = np.mean([gains[name] for name in trained_on], 0)
+        ratios = {name: gain / trained for name, gain in gains.items() if name not in trained_on}
+    enough = bool(trained[-1] >= LEAST_GAIN)
+    return {
+        "trained_on": list(trained_on), "gain": _percentiles(trained),
+        "ratios": {name: _percentiles(ratio) if enough else None for name, ratio in ratios.items()},
+    }  # fmt: skip
+
+
+def _percentiles(samples: np.ndarray) -> dict[str, float] | None:
+    """Of resamples, the last of which is the value itself; None if it is not known."""
+    if not np.isfinite(samples[-1]):
+        return None
+    low, high = np.nanpercentile(samples[:-1], [2.5, 97.5])
+    return {"mean": float(samples[-1]), "low": float(low), "high": float(high)}
 
 
 def _high_freq_ratio(before: Evaluation, after: Evaluation) -> dict[str, Any]:

@@ -3,16 +3,18 @@
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import Krea2Transformer2DModel
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from torch import Tensor
 
 from rlhf_img.errors import RlhfImgError
 from rlhf_img.model.conditioning import Conditioner
@@ -23,15 +25,16 @@ from rlhf_img.rewards import Reward, load_rewards
 from rlhf_img.training import distributed
 from rlhf_img.training import prompts as prompt_room
 from rlhf_img.training.config import RunConfig
-from rlhf_img.training.evaluate import EVAL_SEED, EvalConfig, Evaluation, compare, evaluate, summarise
+from rlhf_img.training.evaluate import EVAL_SEED, EvalConfig, Evaluation, compare, evaluate, summarise, transfer_ratios
 from rlhf_img.training.export import LORA, WEIGHTS
 from rlhf_img.training.panel import Best, Panel
 from rlhf_img.training.pool.run import PromptPool
 from rlhf_img.training.prompts import Prompt
 from rlhf_img.training.rundir import RunDir
-from rlhf_img.training.samples import Drawn, draw, write_samples
+from rlhf_img.training.samples import Drawn, draw, draw_images, write_samples
 from rlhf_img.training.state import Trained, load_state, save_state
 from rlhf_img.training.trackers import NONE, Tracker, check_name
+from rlhf_img.training.watch import Draw, Watch, Watched
 
 _PLAYGROUND_PROMPTS = 4096
 _NOTED = {
@@ -56,6 +59,10 @@ class Job:
     """Trains one iteration, counted from 1, and returns its flat metrics."""
     card: Callable[[RunDir, Drawn, Evaluation, Console], dict[str, Any]] | None = None
     """What else is measured once training is done, given what "after" drew and scored: written to card.json."""
+    trained_on: tuple[str, ...] = ()
+    """Names of the rewards that the policy learns from; those of `watched` that are not among them are held out."""
+    raw: Draw | None = None
+    """What the sentinels hold the policy against; None: the policy's reference, drawn as the policy is."""
     panel: Panel | None = None
     """What tells when the policy was best and when to stop; None: it is trained to the end and kept as it is then."""
     pool: PromptPool | None = None
@@ -78,15 +85,17 @@ def open_model(config: RunConfig) -> Model:
 def train(job: Job, run: RunDir, console: Console) -> dict[str, Any]:
     """Trains from the run's last checkpoint, or from the start, to `config.steps`; returns what eval.json holds.
 
-    Raises RunStopped (exit code 3) if the pre-flight check or a reward stops the run, or if a loss or gradient is not
-    finite; the last checkpoint stays.
+    Raises RunStopped (exit code 3) if the pre-flight check, a reward or a sentinel stops the run, or if a loss or
+    gradient is not finite; the last checkpoint stays.
     """
     config = job.config
     first = _restore(job, run)
     for note in job.notes:
         console.print(note, highlight=False, soft_wrap=True)
     before = _evaluate_before(job, run, console)
-    best = Best(job.panel, run, run.read_metrics() if job.panel else [])
+    rows = run.read_metrics()
+    best, watch = Best(job.panel, run, rows), _watch(job, run, rows)
+    run.rotate_checkpoints(config.keep_checkpoints, watch.good() if watch else None)
     tracker_name = config.tracker if distributed.is_first() else NONE
     with _progress(console) as progress, Tracker(tracker_name, run.path) as tracker:
         task = progress.add_task("training", total=config.steps, completed=first, note="")
@@ -95,11 +104,18 @@ def train(job: Job, run: RunDir, console: Console) -> dict[str, Any]:
                 break
             metrics = job.iterate(step)
             metrics |= best.look(step, config.steps)
+            saved = step % config.checkpoint_every == 0 or step == config.steps or best.exhausted
+            if watch is not None and (saved or step % config.sentinels.every == 0):
+                metrics |= watch.look(step)
             run.append_metrics(step, metrics)
             tracker.log(metrics, step)
             progress.update(task, completed=step, note=_note(metrics))
-            if step % config.checkpoint_every == 0 or step == config.steps or best.exhausted:
-                run.save_checkpoint(step, partial(save_state, trained=job.trained, step=step, pool=job.pool))
+            if watch is not None:
+                _heed(job, run, watch, step, metrics, progress.console)
+            if saved:
+                write = partial(save_state, trained=job.trained, step=step, pool=job.pool)
+                keep = watch.good() if watch else None
+                run.save_checkpoint(step, write, keep_last=config.keep_checkpoints, keep=keep)
                 if job.pool is not None:
                     job.pool.publish()
             sampled = config.sample_every and step % config.sample_every == 0 and step < config.steps
@@ -115,7 +131,8 @@ def train(job: Job, run: RunDir, console: Console) -> dict[str, Any]:
         "split": "heldout", "num_prompts": len(job.heldout_prompts), "images_per_prompt": 1,
         "num_steps": config.eval.num_steps, "guidance": config.eval.guidance,
         "checkpoints": [summarise("before", before), summarise("after", after)],
-        "difference": compare(before, after), "kept_step": best.step,
+        "difference": compare(before, after), "transfer": transfer_ratios(before, after, job.trained_on),
+        "kept_step": best.step,
     }  # fmt: skip
     run.write_json("eval.json", result)
     if job.card is not None:
@@ -209,6 +226,46 @@ def measured(
             lambda done, total: progress.update(task, completed=done, total=total),
             job.config.samples if job.card is None else None,
         )  # fmt: skip
+
+
+def _watch(job: Job, run: RunDir, rows: list[dict[str, Any]]) -> Watch | None:
+    """The run's sentinels on the first held-out prompts; None if it has none."""
+    config, settings = job.config.sentinels, job.config.eval
+    if not config.every:
+        return None
+    num_steps = config.num_steps or min(8, settings.num_steps)
+
+    def draw(acting: Callable[[], AbstractContextManager[Krea2Transformer2DModel]]) -> Draw:
+        def images(prompts: Sequence[Prompt], seeds: Sequence[int]) -> Tensor:
+            with acting() as transformer:
+                model = dataclasses.replace(job.model, transformer=transformer)
+                return draw_images(
+                    model, job.conditioner, prompts, seeds, num_steps=num_steps, guidance=settings.guidance
+                )
+
+        return images
+
+    watched = Watched(
+        config=config, prompts=job.heldout_prompts[: config.prompts], rewards=job.watched, trained_on=job.trained_on,
+        period=job.model.token_pixels, draw=draw(job.policy.averaged), draw_raw=job.raw or draw(job.policy.reference),
+    )  # fmt: skip
+    return Watch(watched, run, rows)
+
+
+def _heed(job: Job, run: RunDir, watch: Watch, step: int, metrics: dict[str, float], console: Console) -> None:
+    """Says what is outside of its band. Raises RunStopped if it is too far; the last good weights are exported then."""
+    why = watch.must_stop(metrics)
+    if why is None:
+        if left := watch.left(metrics):
+            said = f"iteration {step}: outside of Raw's band: {'; '.join(left)}"
+            console.print(said, highlight=False, soft_wrap=True)
+        return
+    if good := watch.good():
+        load_state(good.path, job.trained)
+        with job.policy.averaged():
+            if distributed.is_first():
+                _save_trained(job, run)
+    raise watch.stopped(step, why)
 
 
 def _save_trained(job: Job, run: RunDir) -> None:

@@ -25,7 +25,6 @@ from rlhf_img.training.config import RunConfig
 from rlhf_img.training.loop import Clock, Job, open_model, train_and_heldout, watched_rewards
 from rlhf_img.training.pool.run import PromptPool, pool_of
 from rlhf_img.training.pool.weights import PoolConfig
-from rlhf_img.training.sentinels import diversity, image_statistics
 
 _JOINT: dict[str, Callable[[list[float]], float]] = {"ratio/max_dev": max, "preflight/max_dev": max}
 _JOINT |= dict.fromkeys(COUNTS, sum)
@@ -106,6 +105,7 @@ def prepare(config: OnlineConfig, learn: Learn) -> tuple[Parts, Job]:
     job = Job(
         config=config, model=model, conditioner=parts.conditioner, trained={"policy": (policy, optimizer)},
         watched=watched, heldout_prompts=heldout, iterate=partial(iteration, parts, learn), pool=parts.pool,
+        trained_on=tuple(reward.name for reward in rewards),
     )  # fmt: skip
     return parts, job
 
@@ -149,9 +149,7 @@ def iteration(parts: Parts, learn: Learn, step: int) -> dict[str, float]:
             f"{method.section}.lr, or look at the rewards of this iteration in metrics.jsonl"
         ) from error
     clock.lap("train")
-    seen = {f"sentinel/{name}": value for name, value in image_statistics(images.tensor).items()}
-    seen["sentinel/diversity"] = float(diversity(images.tensor.unflatten(0, (len(mine), -1))).mean())
-    own = {**trained, **judged, **seen, **noise, **clock.times()}
+    own = {**trained, **judged, **noise, **clock.times()}
     common = {**_renamed(metrics), **_rubric_metrics(scores.details)}
     return {**distributed.joint_metrics(own, _JOINT), **common, "lr": lr}
 

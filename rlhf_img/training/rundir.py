@@ -21,6 +21,8 @@ from rlhf_img.errors import RlhfImgError
 _STEP = re.compile(r"step_(\d{6,})")
 _HIDDEN = ".partial-"
 """Prefix of a file or folder that is being written or thrown away; it is swept up when the run is opened next."""
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""A full disk, a full quota, and a file larger than the process may write."""
 
 
 class Checkpoint(NamedTuple):
@@ -53,14 +55,20 @@ class RunDir:
             raise RlhfImgError(f"{path} already holds a run: continue it with --resume, or give another --out")
         if resume and not is_run:
             raise RlhfImgError(f"{path} holds no run to resume: give a run's folder to --out, or drop --resume")
-        with _explained(path):
+        with explained(path):
             path.mkdir(parents=True, exist_ok=True)
             lock = os.open(path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
+            holder = os.read(lock, 32).decode() or "unknown"
             os.close(lock)
-            raise RlhfImgError(f"{path} is in use by another run: wait for it, or give another --out") from error
+            raise RlhfImgError(
+                f"{path} is in use by another run (process {holder}): wait for it, or give another --out"
+            ) from error
+        with explained(path):
+            os.truncate(lock, 0)
+            os.write(lock, str(os.getpid()).encode())
         run = cls(path, lock)
         run._sweep()
         return run
@@ -101,7 +109,7 @@ class RunDir:
             return
         line = json.dumps({"step": step, **_finite(dict(metrics))}, ensure_ascii=False) + "\n"
         path = self.path / "metrics.jsonl"
-        with _explained(self.path), open(path, "ab") as file:
+        with explained(self.path), open(path, "ab") as file:
             before = file.tell()
             try:
                 file.write(line.encode())
@@ -131,17 +139,25 @@ class RunDir:
                 kept.append(line)
         self._write_text("metrics.jsonl", "".join(kept))
 
-    def save_checkpoint(self, step: int, write: Callable[[Path], None], *, keep_last: int = 2) -> Path:
-        """`checkpoints/step_000123`, made by `write(folder)`; then all but the `keep_last` newest are deleted.
+    def save_checkpoint(
+        self, step: int, write: Callable[[Path], None], *, keep_last: int = 2, keep: Checkpoint | None = None
+    ) -> Path:
+        """`checkpoints/step_000123`, made by `write(folder)`; then all but the `keep_last` newest and `keep` are
+        deleted.
 
         Whatever goes wrong in `write`, the checkpoints that were there stay.
         """
         if keep_last < 1:
             raise ValueError(f"keep_last must be at least 1, got {keep_last}")
         path = self._write_folder(self.path / "checkpoints" / f"step_{step:06d}", write)
-        for old in self.checkpoints()[:-keep_last] if self._writes else []:
-            self._discard(old.path)
+        self.rotate_checkpoints(keep_last, keep)
         return path
+
+    def rotate_checkpoints(self, keep_last: int, keep: Checkpoint | None = None) -> None:
+        """Deletes all but the `keep_last` newest and `keep`, also what a killed run had no time to delete."""
+        for old in self.checkpoints()[:-keep_last] if self._writes else []:
+            if old != keep:
+                self._discard(old.path)
 
     def checkpoints(self) -> list[Checkpoint]:
         """Every whole checkpoint, oldest first."""
@@ -174,7 +190,7 @@ class RunDir:
             return
         target = self.path / name
         hidden = target.with_name(_HIDDEN + target.name)
-        with _explained(self.path):
+        with explained(self.path):
             try:
                 with open(hidden, "wb") as file:
                     file.write(content)
@@ -190,7 +206,7 @@ class RunDir:
         if not self._writes:
             return target
         hidden = target.with_name(_HIDDEN + target.name)
-        with _explained(self.path):
+        with explained(self.path):
             hidden.mkdir(parents=True)
             try:
                 write(hidden)
@@ -213,28 +229,31 @@ class RunDir:
 
     def _sweep(self) -> None:
         """Removes what a killed run was writing or deleting."""
-        with _explained(self.path):
-            for folder in (self.path, self.path / "checkpoints", self.path / "samples"):
+        with explained(self.path):
+            for folder in (self.path, self.path / "checkpoints", self.path / "samples", self.path / "lora"):
                 for entry in list(folder.glob(f"{_HIDDEN}*")):
                     shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
 
 @contextmanager
-def _explained(path: Path) -> Iterator[None]:
+def explained(path: Path) -> Iterator[None]:
     """Turns a file system's refusals into errors that say what to do; other errors pass."""
     try:
         yield
     except Exception as error:
         # torch and safetensors report a full disk in exceptions of their own, as text.
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        if full or "No space left on device" in str(error):
+        full = isinstance(error, OSError) and error.errno in _FULL
+        if full or any(os.strerror(number) in str(error) for number in _FULL):
             raise RlhfImgError(
                 f"the disk that holds {path} is full: nothing written before was lost; "
                 "make room there and go on with --resume"
             ) from error
         if isinstance(error, OSError):
             reason = error.strerror or error
-            raise RlhfImgError(f"{path} cannot be written: {reason}: give another folder to --out") from error
+            raise RlhfImgError(
+                f"{path} cannot be written: {reason}: make it writable and go on with --resume, or give another folder "
+                "to --out"
+            ) from error
         raise
 
 

@@ -23,6 +23,7 @@ from rlhf_img.training.captioned import Captioned, captions, from_folder, from_v
 from rlhf_img.training.config import RunConfig
 from rlhf_img.training.loop import Clock, Job, open_model, watched_rewards
 from rlhf_img.training.prompts import Prompt
+from rlhf_img.training.watch import SentinelConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,6 +40,8 @@ class Config(RunConfig):
     examples: int = 1024
     """Images that are rendered for `variant`."""
     steps: int = 100
+    sentinels: SentinelConfig = field(default_factory=lambda: SentinelConfig(every=0))
+    """None by default: a new style, colour or shape is meant to leave what the model drew."""
     sft: SFTConfig = field(default_factory=SFTConfig)
 
     def __post_init__(self) -> None:

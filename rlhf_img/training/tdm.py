@@ -1,17 +1,20 @@
 """A run of TDM: its settings, its teacher, its parts, and one iteration."""
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from rlhf_img.algorithms import tdm
 from rlhf_img.algorithms.tdm import TDMConfig
 from rlhf_img.errors import RlhfImgError, RunStopped
 from rlhf_img.model.conditioning import Conditioner
 from rlhf_img.model.loading import Model
+from rlhf_img.model.lora import role
 from rlhf_img.model.policy import POLICY, Policy, make_full, make_role
 from rlhf_img.rewards import load_rewards
 from rlhf_img.training import distributed
@@ -24,6 +27,8 @@ from rlhf_img.training.likeness import ARTIFACT, Features, open_features
 from rlhf_img.training.loop import Clock, Job, open_model, train_and_heldout, watched_rewards
 from rlhf_img.training.panel import Panel, PanelConfig
 from rlhf_img.training.prompts import Prompt
+from rlhf_img.training.samples import draw_images
+from rlhf_img.training.watch import SentinelConfig
 
 TEACHER, CRITIC = "teacher", "critic"
 """Roles beside the student, which is the policy: what is measured and exported."""
@@ -61,6 +66,8 @@ class Config(RunConfig):
     DINO; None: "artifact" for images of 32 to 128 px, and for others it is not measured."""
     panel: PanelConfig = field(default_factory=PanelConfig)
     eval: StudentEvalConfig = field(default_factory=StudentEvalConfig)
+    sentinels: SentinelConfig = field(default_factory=lambda: SentinelConfig(stop=None))
+    """Against the guided teacher at full steps, from which an untrained student is far: they warn only."""
     tdm: TDMConfig = field(default_factory=TDMConfig)
 
     def __post_init__(self) -> None:
@@ -125,6 +132,7 @@ def prepare(config: Config) -> tuple[Parts, Job]:
         config=config, model=shipped, conditioner=parts.conditioner,
         trained={role.name: (role, optimizers[role.name]) for role in (student, critic)}, watched=watched,
         heldout_prompts=heldout, iterate=partial(iteration, parts), panel=panel,
+        raw=partial(_teacher_images, config, model, conditioner, start),
     )  # fmt: skip
     if config.card:
         against = controls(model, start, config.tdm.num_steps, config.full_steps, config.tdm.guidance)
@@ -148,6 +156,16 @@ def set_aside(
         prompts=prompts[:count] or prompts[: config.panel.prompts], settings=config.eval,
     )  # fmt: skip
     return panel, prompts[count:]
+
+
+def _teacher_images(
+    config: Config, model: Model, conditioner: Conditioner, teacher: str | None, prompts: Sequence[Prompt],
+    seeds: Sequence[int],
+) -> Tensor:  # fmt: skip
+    with role(model.transformer, teacher):
+        return draw_images(
+            model, conditioner, prompts, seeds, num_steps=config.full_steps, guidance=config.tdm.guidance
+        )
 
 
 def _features(config: Config, model: Model) -> Features | None:

@@ -7,6 +7,7 @@ from types import TracebackType
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 
 from rlhf_img.errors import RlhfImgError, did_you_mean
+from rlhf_img.training.rundir import explained
 
 NONE = "none"
 
@@ -23,6 +24,7 @@ class Tracker:
     def __init__(self, name: str, folder: Path) -> None:
         """Raises RlhfImgError for a tracker that accelerate does not know or whose package is not installed."""
         self._tracker: GeneralTracker | None = None
+        self._folder = folder
         if name == NONE:
             return
         check_name(name)
@@ -36,7 +38,8 @@ class Tracker:
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         if self._tracker is not None:
-            self._tracker.log(dict(metrics), step=step)
+            with explained(self._folder):
+                self._tracker.log(dict(metrics), step=step)
 
     def __enter__(self) -> "Tracker":
         return self
