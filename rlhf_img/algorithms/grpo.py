@@ -197,7 +197,7 @@ def update(
             deviation = float((item.log_ratio_B.detach().exp() - 1).abs().max())
             totals["ratio/max_dev"] = max(totals.get("ratio/max_dev", 0.0), deviation)
         average_gradients(parameters)
-        norm = nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+        norm = policy.clip_gradients(config.max_grad_norm)
         if not torch.isfinite(norm):
             raise FloatingPointError(f"the gradient is not finite (loss {totals['loss']:.4g}): no step was taken")
         optimizer.step()

@@ -24,6 +24,10 @@ _Seed = Annotated[int | None, typer.Option(help="Of everything random.")]
 _Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --out.")]
 _ShowSettings = Annotated[bool, typer.Option("--settings", help="List every setting and stop.")]
 _AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+_Processes = Annotated[
+    int | None, typer.Option(min=1, help="On this machine, each with a share of the work [default: one a GPU; without "
+                             "one, for the playground, one a core].")
+]  # fmt: skip
 _Start = Annotated[
     str | None,
     typer.Option(metavar="RUN|FOLDER", help="Go on from this run's adapter, or a LoRA's [default: the model]."),
@@ -46,10 +50,7 @@ def grpo(
     config: _RunFile = None,
     out: Annotated[Path | None, typer.Option(help="The run's folder [default: runs/grpo-DATE-TIME].")] = None,
     seed: _Seed = None,
-    processes: Annotated[
-        int | None, typer.Option(min=1, help="On this machine, each with a share of the prompts [default: one a GPU; "
-                                 "without one, for the playground, one a core].")
-    ] = None,
+    processes: _Processes = None,
     resume: _Resume = False,
     show_settings: _ShowSettings = False,
     as_json: _AsJson = False,
@@ -75,10 +76,7 @@ def grpo(
         "rewards": rewards, "model": model, "start": start, "prompts": _text(prompts),
         "eval_prompts": _text(eval_prompts), "seed": seed,
     }  # fmt: skip
-    given = _started(_given(config, options, settings))
-    if not started() and (out is not None or not resume):
-        launch(_processes(given, out if resume else None, processes))
-    _run("grpo", given, out, resume, as_json)
+    _run("grpo", _started(_given(config, options, settings)), out, resume, as_json, processes)
 
 
 def dpo(
@@ -104,6 +102,7 @@ def dpo(
     config: _RunFile = None,
     out: Annotated[Path | None, typer.Option(help="The run's folder [default: runs/dpo-DATE-TIME].")] = None,
     seed: _Seed = None,
+    processes: _Processes = None,
     resume: _Resume = False,
     show_settings: _ShowSettings = False,
     as_json: _AsJson = False,
@@ -130,7 +129,7 @@ def dpo(
         "pairs": _text(pairs), "columns": columns, "rewards": rewards, "model": model, "start": start,
         "eval_prompts": _text(eval_prompts), "seed": seed,
     }  # fmt: skip
-    _run("dpo", _started(_given(config, options, settings)), out, resume, as_json)
+    _run("dpo", _started(_given(config, options, settings)), out, resume, as_json, processes)
 
 
 def tdm(
@@ -151,6 +150,7 @@ def tdm(
     config: _RunFile = None,
     out: Annotated[Path | None, typer.Option(help="The run's folder [default: runs/tdm-DATE-TIME].")] = None,
     seed: _Seed = None,
+    processes: _Processes = None,
     resume: _Resume = False,
     show_settings: _ShowSettings = False,
     as_json: _AsJson = False,
@@ -185,7 +185,7 @@ def tdm(
         from rlhf_img.training.tdm import INHERITED
 
         given = merge(settings_of(given.get("teacher"), INHERITED), given)
-    _run("tdm", given, out, resume, as_json)
+    _run("tdm", given, out, resume, as_json, processes)
 
 
 def sft(
@@ -245,25 +245,37 @@ def _started(given: dict[str, Any]) -> dict[str, Any]:
     return merge(settings_of(given.get("start"), ("model",)), given)
 
 
-def _processes(given: dict[str, Any], resumed: Path | None, wanted: int | None) -> int:
+def _processes(algorithm: str, given: dict[str, Any], resumed: Path | None, wanted: int | None) -> int:
     """As many as wanted; else one a GPU, and without one, for the embedded model, one a core, if the work divides."""
     import torch
 
     from rlhf_img.model.loading import PLAYGROUND
-    from rlhf_img.training.grpo import Config
 
+    room = import_module(f"rlhf_img.training.{algorithm}")
     saved = load_yaml(resumed / "config.yaml")["config"] if resumed and (resumed / "config.yaml").exists() else {}
-    config = from_mapping(Config, merge(saved, given), "settings")
+    config = from_mapping(room.Config, merge(saved, given), "settings")
     if wanted is not None:
         config.check_processes(wanted)
         return wanted
     most = torch.cuda.device_count() or (torch.get_num_threads() if config.model == PLAYGROUND else 1)
-    most = 1 if config.grpo.updates > 1 else most
-    return max(n for n in range(1, most + 1) if config.grpo.prompts % n == 0)
+    return next(n for n in range(most, 0, -1) if n == 1 or _divides(config, n))
 
 
-def _run(algorithm: str, given: dict[str, Any], out: Path | None, resume: bool, as_json: bool) -> None:
-    """A run of an algorithm, which is a file of `training`, with the settings `given`, in the folder `out`."""
+def _divides(config: Any, processes: int) -> bool:
+    try:
+        config.check_processes(processes)
+    except RlhfImgError:
+        return False
+    return True
+
+
+def _run(
+    algorithm: str, given: dict[str, Any], out: Path | None, resume: bool, as_json: bool, processes: int | None = 1
+) -> None:
+    """A run of an algorithm, which is a file of `training`, with the settings `given`, in the folder `out`.
+
+    As `processes`, if it was not started as several already; None: as many as there is use for.
+    """
     from rich.console import Console
 
     from rlhf_img.report import build
@@ -272,6 +284,8 @@ def _run(algorithm: str, given: dict[str, Any], out: Path | None, resume: bool, 
 
     if resume and out is None:
         raise RlhfImgError("--resume needs --out with the folder of the run to go on with")
+    if processes != 1 and not started():
+        launch(_processes(algorithm, given, out if resume else None, processes))
     room = import_module(f"rlhf_img.training.{algorithm}")
     began = time.time()
     with distributed.joined():
@@ -305,15 +319,15 @@ def _text(path: Path | None) -> str | None:
 
 
 def _config(config: type[_Config], run: "RunDir", given: dict[str, Any], resume: bool) -> _Config:
-    """The settings given; of a resumed run its own, of which only `steps` may be changed: anything else would make
-    another run of it."""
+    """The settings given; of a resumed run its own, of which only `steps` and `shard` may be changed: anything else
+    would make another run of it."""
     if not resume:
         return from_mapping(config, given, "settings")
     saved = run.read_config()
     before = from_mapping(config, saved["config"], "the run's config.yaml")
     after = from_mapping(config, merge(saved["config"], given), "settings")
     old, new = to_mapping(before), to_mapping(after)
-    changed = [key for key in old if old[key] != new[key] and key != "steps"]
+    changed = [key for key in old if old[key] != new[key] and key not in ("steps", "shard")]
     if changed:
         raise RlhfImgError(
             f"a resumed run keeps its settings, and {', '.join(changed)} would change: leave them out, "

@@ -87,6 +87,7 @@ def prepare(config: Config) -> tuple[Parts, Job]:
     prompts, heldout = train_and_heldout(config)
     model = open_model(config)
     policy = begin_policy(model, config.lora, config.seed, start=config.start, full=config.full)
+    (policy,) = distributed.shard(model, [policy], wanted=config.shard)
     optimizer = torch.optim.AdamW(
         list(policy.parameters.values()), lr=config.grpo.lr, weight_decay=config.grpo.weight_decay
     )
