@@ -2,7 +2,6 @@
 
 import multiprocessing
 import os
-import pickle
 import socket
 import sys
 import time
@@ -11,6 +10,8 @@ from collections.abc import Callable, Sequence
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
+
+import torch
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload([
@@ -27,7 +28,8 @@ def start(count: int, folder: Path, function: Callable[..., Any], *args: Any) ->
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    running = [_CONTEXT.Process(target=_work, args=(rank, count, port, folder, function, args)) for rank in range(count)]
+    common = (count, port, folder, function, args)
+    running = [_CONTEXT.Process(target=_work, args=(rank, *common)) for rank in range(count)]
     for process in running:
         process.start()
     return running
@@ -43,7 +45,7 @@ def together(count: int, folder: Path, function: Callable[..., Any], *args: Any)
             process.kill()
     failed = [rank for rank, process in enumerate(running) if process.exitcode]
     assert not failed, "\n".join(said(folder, rank) for rank in failed)
-    return [pickle.loads((folder / f"result-{rank}").read_bytes()) for rank in range(count)]
+    return [torch.load(folder / f"result-{rank}", weights_only=True) for rank in range(count)]
 
 
 def wait(running: Sequence[ForkServerProcess]) -> None:
@@ -78,5 +80,4 @@ def _work(rank: int, count: int, port: int, folder: Path, function: Callable[...
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     warnings.simplefilter("error")
-    result = function(*args)
-    (folder / f"result-{rank}").write_bytes(pickle.dumps(result))
+    torch.save(function(*args), folder / f"result-{rank}")

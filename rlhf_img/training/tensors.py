@@ -39,16 +39,17 @@ def write_tensors(folder: Path, name: str, tensors: Mapping[str, Tensor]) -> Non
         if distributed.is_first():
             save_file({key: value.detach().contiguous().cpu() for key, value in tensors.items()}, _file(folder, name))
         return
-    distributed.gather(None)  # the folder is there
+    distributed.gather(None)  # the first has made the folder
+    if not all(distributed.gather(folder.is_dir())):
+        raise RlhfImgError(
+            f"not every process sees {folder}, which the first has made, and sharded weights are written by all: give "
+            "--out a folder of a file system that all machines share"
+        )
     place = folder / name
     with _plain_errors():
         save(dict(tensors), storage_writer=HuggingFaceStorageWriter(str(place), save_distributed=True))
-    names = sorted({name for seen in distributed.gather(_parts(place)) for name in seen})
-    if names != _parts(place):
-        raise RlhfImgError(
-            f"the processes write their parts of {place} into different folders: give --out a folder of a file system "
-            "that all machines share, or train without shard"
-        )
+    own = [path.name for path in place.glob(f"shard-{distributed.rank() + 1:05d}-*")]
+    names = [name for part in distributed.gather(own) for name in part]
     if distributed.is_first():
         (place / _LIST).write_text(json.dumps(names))
 
@@ -62,8 +63,9 @@ def tensor_shapes(folder: Path, name: str) -> dict[str, torch.Size]:
         if not (folder / name).is_dir():
             with safe_open(_file(folder, name), framework="pt") as file:
                 return {key: torch.Size(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-        if lost := set(json.loads((folder / name / _LIST).read_text())) - set(_parts(folder / name)):
-            raise ValueError(f"parts are missing in {folder / name}: {', '.join(sorted(lost))}")
+        names = json.loads((folder / name / _LIST).read_text())
+        if lost := [part for part in names if not (folder / name / part).is_file()]:
+            raise ValueError(f"parts are missing in {folder / name}: {', '.join(lost)}")
         found = HuggingFaceStorageReader(str(folder / name)).read_metadata().state_dict_metadata
         return {key: value.size for key, value in found.items() if isinstance(value, TensorStorageMetadata)}
 
@@ -92,10 +94,6 @@ def read_tensors(folder: Path, name: str, tensors: Mapping[str, Tensor]) -> None
 
 def _file(folder: Path, name: str) -> Path:
     return folder / f"{name}.safetensors"
-
-
-def _parts(place: Path) -> list[str]:
-    return sorted(path.name for path in place.glob("*.safetensors"))
 
 
 @contextmanager
