@@ -3,7 +3,7 @@
 A block's weights come together while the block is used and are let go after it. That is a collective operation, so
 that every process has to run the blocks equally often: `forward.in_batches` and `even` see to it.
 
-Sharded are the blocks, 93 % of Krea 2. On every process stay whole
+Sharded are the blocks, 95 % of Krea 2. On every process stay whole
 
 - adapters: they are small, float32 over a bfloat16 base, and their gradients are averaged as without sharding, so that
   roles, checkpoints and exports do not know of it;
