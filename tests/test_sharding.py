@@ -39,8 +39,7 @@ ALGORITHMS = {
     "grpo": ("grpo.prompts=4", "grpo.group=3", "grpo.num_steps=3"),
     "dpo": ("dpo.pairs=4", "dpo.loss=stpo-guard", "dpo.calibration_steps=1", "heldout_pairs=3", "measure_every=2",
             "max_winner_rise=null", "max_detail_change=null", "detail_images=1"),
-    "tdm": ("tdm.prompts=4", "tdm.images=2", "tdm.num_steps=2", "panel.every=1", "panel.prompts=1", "full_steps=2",
-            "card=false"),
+    "tdm": ("tdm.prompts=4", "tdm.images=2", "tdm.num_steps=2", "panel.every=1", "panel.prompts=1", "full_steps=2"),
 }  # fmt: skip
 
 
@@ -66,15 +65,19 @@ def words(files: Path, algorithm: str, out: Path, *more: str) -> list[str]:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("full", [False, True])
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_sharded_processes_do_what_one_does(
-    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, algorithm: str, full: bool
+@pytest.mark.parametrize(
+    ("algorithm", "full", "shard"),
+    [("grpo", False, True), ("grpo", True, True), ("dpo", False, True), ("dpo", True, True), ("dpo", False, False),
+     ("tdm", False, True), ("tdm", True, True), ("tdm", True, False)],
+)  # fmt: skip
+def test_two_processes_do_what_one_does(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, algorithm: str, full: bool, shard: bool
 ) -> None:
-    more = (f"full={str(full).lower()}",)
+    more = [f"full={str(full).lower()}"]
+    more += [f"card={str(not full).lower()}"] if algorithm == "tdm" else []
     assert run(monkeypatch, words(files, algorithm, tmp_path / "one", *more, "--processes", "1")) == 0
-    sharded = words(files, algorithm, tmp_path / "two", *more, "shard=true")
-    assert together(2, tmp_path / "workers", command, sharded) == [0, 0]
+    shared = words(files, algorithm, tmp_path / "two", *more, f"shard={str(shard).lower()}")
+    assert together(2, tmp_path / "workers", command, shared) == [0, 0]
     one, two = lines(tmp_path / "one"), lines(tmp_path / "two")
     assert [row.keys() for row in two] == [row.keys() for row in one]
     assert two[0] == pytest.approx(one[0], rel=1e-3, abs=1e-5, nan_ok=True)
