@@ -2,7 +2,7 @@
 
 Processes are started by `rlhf-img`, torchrun or accelerate, which set the same environment variables. Each samples,
 scores and trains its share of an iteration's prompts or pairs, groups kept whole; values and gradients are then made
-common. The first process alone writes files, but for the parts of sharded weights (`training.state`).
+common. The first process alone writes files, but for the parts of sharded weights (`training.tensors`).
 """
 
 import os
@@ -88,7 +88,7 @@ def check_shares(name: str, count: int, processes: int) -> None:
 
 def share(count: int) -> list[int]:
     """Which of `count` things are this process's; where there are fewer than processes, some have one twice."""
-    return [i % count for i in range(rank(), max(count, world()), world())]
+    return [i % count for i in range(rank(), max(count, world()), world())] if count else []
 
 
 def gather(value: T) -> list[T]:
