@@ -479,12 +479,13 @@ def test_gradients_are_those_of_a_slow_loop(world: tuple[Model, Policy, Policy, 
         with role(model.transformer, name):
             return velocity(model.transformer, x, torch.tensor(tau), text, sampled.grid)
 
+    stages = tdm.draw_stages(sampled.levels_S, sampled.total, config.margin, generator)
+    noise = torch.randn((sampled.total, 4, 64), generator=generator)
     for batch in sampled.batches:
-        stages = tdm.draw_stages(sampled.levels_S, len(batch.text_BLD), config.margin, generator)
-        noise = torch.randn(batch.states_SBNC[0].shape, generator=generator)
-        for b, k in enumerate(stages.index_B.tolist()):
-            x, n, text = batch.states_SBNC[k, b : b + 1], noise[b : b + 1], batch.text_BLD[b : b + 1]
-            start, s, tau = (float(level[b]) for level in (stages.start_B, stages.end_B, stages.tau_B))
+        for b, i in enumerate(batch.places_B):
+            k = int(stages.index_B[i])
+            x, n, text = batch.states_SBNC[k, b : b + 1], noise[i : i + 1], batch.text_BLD[b : b + 1]
+            start, s, tau = (float(level[i]) for level in (stages.start_B, stages.end_B, stages.tau_B))
             v = flow(POLICY, x, start, text)
             x0, x_s = x - start * v, (x + (s - start) * v).detach()
             a = (1 - tau) / (1 - s)

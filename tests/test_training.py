@@ -264,7 +264,7 @@ def test_prompts_are_read_from_every_format(tmp_path: Path) -> None:
         ("a.txt", "\n \n", "is empty"),
         ("a.jsonl", '{"promt": "x"}\n', "line 1.*prompt"),
         ("a.jsonl", "{not json\n", "line 1: not JSON"),
-        ("a.csv", "x", ".txt, .jsonl or .yaml"),
+        ("a.csv", "x", "read from .txt, .jsonl, .yaml"),
         ("a.yaml", "version: 1\nprompt: x\nrequirements:\n"
          "  - {id: a, check: object, target: cat, needs: [b]}\n  - {id: b, check: object, target: dog, needs: [a]}\n",
          "a.*b.*a"),

@@ -45,11 +45,12 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
-from rlhf_img.algorithms.rollout import require
+from rlhf_img.algorithms.rollout import AverageGradients, alone, require
 from rlhf_img.model.forward import velocity
 from rlhf_img.model.policy import Policy
+from rlhf_img.model.sharding import even, whole
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -231,14 +232,19 @@ def _velocities(transformer: torch.nn.Module, pairs: NoisedPairs) -> tuple[Tenso
 @torch.no_grad()
 def measure(policy: Policy, batches: Sequence[NoisedPairs], config: DPOConfig) -> PairErrors:
     """Errors of pairs without training on them."""
-    found = []
-    for pairs in _parts(batches, config):
+    found, parts = [], _parts(batches, config)
+    for pairs in even(policy.transformer, parts):
         with policy.reference() as reference:
             refs = _velocities(reference, pairs)
         with policy.acting() as transformer:
             found.append(pair_errors(*_velocities(transformer, pairs), *refs, pairs))
+    return joined(found[: len(parts)])
+
+
+def joined(parts: Sequence[PairErrors]) -> PairErrors:
+    """The errors of all pairs, on the CPU."""
     names = PairErrors.__dataclass_fields__
-    return PairErrors(**{name: torch.cat([getattr(errors, name) for errors in found]) for name in names})
+    return PairErrors(**{name: torch.cat([getattr(errors, name).cpu() for errors in parts]) for name in names})
 
 
 def gradients(
@@ -256,24 +262,36 @@ def gradients(
         loss_B = method.loss(errors, beta, config)
         towards = torch.autograd.grad(loss_B.sum(), leaves)
         winner, loser = (
-            torch.autograd.grad(v, parameters, direction) for v, direction in zip(velocities, towards, strict=True)
+            _backward(v, direction, parameters) for v, direction in zip(velocities, towards, strict=True)
         )
     return winner, loser, loss_B.detach(), errors
 
 
+def _backward(v_BNC: Tensor, direction_BNC: Tensor, parameters: Sequence[nn.Parameter]) -> tuple[Tensor, ...]:
+    """The gradients of <v, direction>, by way of `.grad`, where alone a sharded parameter's is."""
+    for parameter in parameters:
+        parameter.grad = None
+    v_BNC.backward(direction_BNC)
+    found = [parameter.grad for parameter in parameters]
+    for parameter in parameters:
+        parameter.grad = None
+    return tuple(torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True))
+
+
 def guard_scale(winner: Sequence[Tensor], loser: Sequence[Tensor]) -> float:
     """The largest share c <= 1 of the losers' gradient with <winner, winner + c loser> >= 0."""
-    along = sum(float((w * el).sum()) for w, el in zip(winner, loser, strict=True))
-    own = sum(float(w.square().sum()) for w in winner)
+    along = sum(float(whole((w * el).sum())) for w, el in zip(winner, loser, strict=True))
+    own = sum(float(whole(w.square().sum())) for w in winner)
     return 1.0 if own + along >= 0 else own / -along
 
 
 def update(
     policy: Policy, optimizer: torch.optim.Optimizer, batches: Sequence[NoisedPairs], beta: float, config: DPOConfig,
-    method: Method | None = None,
+    method: Method | None = None, average_gradients: AverageGradients = alone,
 ) -> dict[str, float]:  # fmt: skip
     """One optimiser step on pairs, with `config.loss` or another method; the average is the caller's.
 
+    `average_gradients` is called on what is to be the gradient, for runs of several processes.
     Returns means over pairs and draws of the loss and of `describe`, the gradient norm and the share of the losers'
     gradient that was kept. Raises FloatingPointError before a step whose gradient is not finite.
     """
@@ -287,10 +305,15 @@ def update(
         torch._foreach_add_(loser, to_loser, alpha=1 / count)
         loss += float(loss_B.sum()) / count
         seen.append({name: value * len(loss_B) / count for name, value in describe(errors, beta).items()})
+    parameters = list(policy.parameters.values())
+    for side in (winner, loser):
+        for parameter, gradient in zip(parameters, side, strict=True):
+            parameter.grad = gradient
+        average_gradients(parameters)  # in place
     scale = guard_scale(winner, loser) if method.guarded else 1.0
-    for parameter, w, el in zip(policy.parameters.values(), winner, loser, strict=True):
+    for parameter, w, el in zip(parameters, winner, loser, strict=True):
         parameter.grad = w + scale * el
-    norm = torch.nn.utils.clip_grad_norm_(list(policy.parameters.values()), config.max_grad_norm)
+    norm = policy.clip_gradients(config.max_grad_norm)
     if not torch.isfinite(norm):
         raise FloatingPointError(f"the gradient is not finite (loss {loss:.4g}): no step was taken")
     optimizer.step()
@@ -324,8 +347,9 @@ def with_rises(means: Mapping[str, float]) -> dict[str, float]:
 
 
 def calibrated_beta(
-    policy: Policy, trial: Sequence[Sequence[NoisedPairs]], measured: Sequence[NoisedPairs], config: DPOConfig
-) -> float:
+    policy: Policy, trial: Sequence[Sequence[NoisedPairs]], measured: Sequence[NoisedPairs], config: DPOConfig,
+    average_gradients: AverageGradients = alone, gather: Callable[[PairErrors], PairErrors] = lambda errors: errors,
+) -> float:  # fmt: skip
     """`beta_mean` for which a typical pair is at |z| = `calibration_logit` where the drift is `calibration_drift`.
 
     A trial, which is then undone, takes one step on each entry of `trial` with the loss -m: what DPO becomes for small
@@ -335,14 +359,15 @@ def calibrated_beta(
         beta = 2 calibration_logit / spread*,    spread* = rms(m) sqrt(D* / D)
 
     since near the reference m is linear in the velocities and D quadratic. So it depends on data and model, and hardly
-    on how large the trial's steps were. Raises FloatingPointError if the trial does not move or is not finite.
+    on how large the trial's steps were. `gather` gives the errors of all processes' pairs. Raises FloatingPointError if
+    the trial does not move or is not finite.
     """
     method = Method(lambda errors, beta, config: -errors.margin_B)
     kept = {name: p.detach().clone() for name, p in policy.parameters.items()}
     optimizer = torch.optim.AdamW(list(policy.parameters.values()), lr=config.lr, weight_decay=config.weight_decay)
     for batches in trial:
-        update(policy, optimizer, batches, 1.0, config, method)
-    errors = measure(policy, measured, config)
+        update(policy, optimizer, batches, 1.0, config, method, average_gradients)
+    errors = gather(measure(policy, measured, config))
     drift = float((errors.winner_drift_B + errors.loser_drift_B).mean() / 2)
     allowed = config.calibration_drift * float((errors.winner_ref_B + errors.loser_ref_B).mean() / 2)
     spread = float(errors.margin_B.square().mean().sqrt())

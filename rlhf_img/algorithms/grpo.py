@@ -27,15 +27,15 @@ recomputation of log p_old (a rollout's own is exact, which the pre-flight check
 advantage in rewards/combining.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
-from rlhf_img.algorithms.rollout import Rollout, Step, StepsConfig, forward_logp, require
+from rlhf_img.algorithms.rollout import AverageGradients, Rollout, Step, StepsConfig, alone, forward_logp, require
 from rlhf_img.algorithms.updating import Draws, optimise, split, together, velocities
 from rlhf_img.model.flow import STEPS, SdeStep
 from rlhf_img.model.policy import Policy
@@ -155,7 +155,7 @@ def _replay_step(
 
 def update(
     policy: Policy, optimizer: torch.optim.Optimizer, sampled: Rollout, advantages_B: Float[Tensor, " B"],
-    config: GRPOConfig, average_gradients: Callable[[list[nn.Parameter]], None] = lambda parameters: None,
+    config: GRPOConfig, average_gradients: AverageGradients = alone,
 ) -> dict[str, float]:  # fmt: skip
     """The optimiser steps of one iteration. `average_gradients` is called before each, for runs of several processes.
 

@@ -21,15 +21,15 @@ What we changed: levels and noise are shared by a group (algorithms/rollout), wh
 they have in common cancels out of the gradient; the levels are the middle of the range by default. Left out: guidance.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
-from rlhf_img.algorithms.rollout import Rollout, RolloutConfig, require
+from rlhf_img.algorithms.rollout import AverageGradients, Rollout, RolloutConfig, alone, require
 from rlhf_img.algorithms.updating import Draws, optimise, split, together, velocities
 from rlhf_img.model.policy import Policy
 
@@ -100,8 +100,7 @@ def nft_loss(
 
 def update(
     policy: Policy, optimizer: torch.optim.Optimizer, sampled: Rollout, advantages_B: Float[Tensor, " B"],
-    config: NFTConfig, iteration: int,
-    average_gradients: Callable[[list[nn.Parameter]], None] = lambda parameters: None,
+    config: NFTConfig, iteration: int, average_gradients: AverageGradients = alone,
 ) -> dict[str, float]:  # fmt: skip
     """The optimiser steps of an iteration, counted from 1, and that of the old policy, which is the policy's average.
 

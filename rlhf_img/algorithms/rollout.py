@@ -10,15 +10,22 @@ from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from rlhf_img.errors import RlhfImgError
 from rlhf_img.model.conditioning import Conditioner
 from rlhf_img.model.flow import STEPS, euler_step, sigmas
-from rlhf_img.model.forward import by_length, velocity
+from rlhf_img.model.forward import in_batches, velocity
 from rlhf_img.model.loading import Model
 from rlhf_img.model.policy import Policy
-from rlhf_img.model.sampling import in_parts, initial_noise
+from rlhf_img.model.sampling import initial_noise
+
+AverageGradients = Callable[[list[nn.Parameter]], None]
+"""Makes the gradients of all processes of a run one."""
+
+
+def alone(parameters: list[nn.Parameter]) -> None:
+    """The gradients of a run of one process are what they are."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -195,14 +202,13 @@ def rollout(
     generator.manual_seed(seed + images[0])  # what follows differs between processes
     batches, old = [], config.averaged or config.updates > 1
     with policy.averaged() if config.averaged else policy.acting() as transformer:
-        for same, texts_BLD in by_length(texts):
-            for rows, text_BLD in zip(in_parts(same, per_batch), texts_BLD.split(per_batch), strict=True):
-                x0, taken = _sample(transformer, noise_BNC[rows], text_BLD, levels, window, grid, steps, generator)
-                groups = [places[row // config.group] for row in rows]
-                noised = [(sigma, eps_PNC[groups].to(x0.device)) for sigma, eps_PNC in draws]
-                terms = taken or _noised(transformer, x0, text_BLD, noised, grid, old=old)
-                batches.append(Batch(rows_B=rows, text_BLD=text_BLD, terms=terms, final_BNC=x0))
-                sampled(batches[-1])
+        for rows, text_BLD in in_batches(transformer, texts, per_batch, config.group):
+            x0, taken = _sample(transformer, noise_BNC[rows], text_BLD, levels, window, grid, steps, generator)
+            groups = [places[row // config.group] for row in rows]
+            noised = [(sigma, eps_PNC[groups].to(x0.device)) for sigma, eps_PNC in draws]
+            terms = taken or _noised(transformer, x0, text_BLD, noised, grid, old=old)
+            batches.append(Batch(rows_B=rows, text_BLD=text_BLD, terms=terms, final_BNC=x0))
+            sampled(batches[-1])
     (empty_LD,) = conditioner.encode([""])
     return Rollout(batches=batches, grid=grid, empty_LD=empty_LD, sigma_max=float(levels[1]))
 

@@ -29,7 +29,7 @@ Left out: the published importance weight (tempered by the number of dimensions 
 landing between grid points, conditioning on the number of steps (it would add weights that a stock pipeline drops).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -37,13 +37,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from rlhf_img.algorithms.rollout import require
+from rlhf_img.algorithms.rollout import AverageGradients, alone, require
 from rlhf_img.model.conditioning import Conditioner
 from rlhf_img.model.flow import euler_step, sigmas
-from rlhf_img.model.forward import by_length, velocity
+from rlhf_img.model.forward import in_batches, velocity
 from rlhf_img.model.loading import Model
 from rlhf_img.model.policy import Policy
-from rlhf_img.model.sampling import in_parts, initial_noise
+from rlhf_img.model.sampling import initial_noise
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -228,6 +228,8 @@ def student_loss(
 class Batch:
     """Images of one prompt length, at every level of the student's way from noise to image."""
 
+    places_B: list[int]
+    """Where these images are among all of the iteration."""
     text_BLD: Tensor
     states_SBNC: Tensor
 
@@ -241,6 +243,8 @@ class Rollout:
     grid: tuple[int, int]
     empty_LD: Tensor
     """Text of the empty prompt, for guidance."""
+    total: int
+    """Images of the iteration, of which other processes may have drawn some."""
 
     @property
     def count(self) -> int:
@@ -249,54 +253,77 @@ class Rollout:
 
 @torch.no_grad()
 def rollout(
-    model: Model, student: Policy, conditioner: Conditioner, prompts: Sequence[str], config: TDMConfig, seed: int
-) -> Rollout:
-    """The student's way from noise, as it will be sampled. The same arguments and weights give the same bits."""
+    model: Model, student: Policy, conditioner: Conditioner, prompts: Sequence[str], config: TDMConfig, seed: int,
+    places: Sequence[int] | None = None,
+) -> Rollout:  # fmt: skip
+    """The student's way from noise, as it will be sampled. The same arguments and weights give the same bits.
+
+    `places`: sample only these of the prompts, with the noise that they have among all of them.
+    """
+    places = range(len(prompts)) if places is None else places
     levels = student_grid(model, config.num_steps)
     grid = model.grid(model.default_size, model.default_size)
-    texts = [text for text in conditioner.encode(prompts) for _ in range(config.images)]
-    noise_BNC = initial_noise(model, [seed + i for i in range(len(texts))], model.default_size, model.default_size)
+    texts = [text for text in conditioner.encode([prompts[i] for i in places]) for _ in range(config.images)]
+    images = [place * config.images + i for place in places for i in range(config.images)]
+    noise_BNC = initial_noise(model, [seed + i for i in images], model.default_size, model.default_size)
     batches = []
     with student.acting() as transformer:
-        for places, texts_BLD in by_length(texts):
-            parts = zip(in_parts(places, config.batch_size), texts_BLD.split(config.batch_size), strict=True)
-            for rows, text_BLD in parts:
-                states = [noise_BNC[rows]]
-                for sigma, s, s_next in zip(levels, levels.tolist(), levels.tolist()[1:], strict=False):
-                    v = velocity(transformer, states[-1], sigma, text_BLD, grid)
-                    states.append(euler_step(states[-1], v, s, s_next))
-                batches.append(Batch(text_BLD=text_BLD, states_SBNC=torch.stack(states)))
+        for rows, text_BLD in in_batches(transformer, texts, config.batch_size, config.images):
+            states = [noise_BNC[rows]]
+            for sigma, s, s_next in zip(levels, levels.tolist(), levels.tolist()[1:], strict=False):
+                v = velocity(transformer, states[-1], sigma, text_BLD, grid)
+                states.append(euler_step(states[-1], v, s, s_next))
+            where = [images[row] for row in rows]
+            batches.append(Batch(places_B=where, text_BLD=text_BLD, states_SBNC=torch.stack(states)))
     (empty_LD,) = conditioner.encode([""])
-    return Rollout(batches=batches, levels_S=levels, grid=grid, empty_LD=empty_LD)
+    total = len(prompts) * config.images
+    return Rollout(batches=batches, levels_S=levels, grid=grid, empty_LD=empty_LD, total=total)
+
+
+def _chances(
+    sampled: Rollout, margin: float, generator: torch.Generator
+) -> Iterator[tuple[Batch, Stages, Float[Tensor, "B N C"]]]:
+    """Each batch with stages and noise, which an image has whatever shares its batch or process."""
+    stages = draw_stages(sampled.levels_S, sampled.total, margin, generator)
+    shape = (sampled.total, *sampled.batches[0].states_SBNC.shape[2:])
+    noise = torch.randn(shape, generator=generator)
+    for batch in sampled.batches:
+        rows = batch.places_B
+        own = Stages(
+            index_B=stages.index_B[rows], start_B=stages.start_B[rows], end_B=stages.end_B[rows],
+            tau_B=stages.tau_B[rows],
+        )  # fmt: skip
+        yield batch, own, noise[rows].to(batch.states_SBNC.device)
 
 
 def train_critic(
-    critic: Policy, optimizer: torch.optim.Optimizer, sampled: Rollout, config: TDMConfig, generator: torch.Generator
-) -> dict[str, float]:
+    critic: Policy, optimizer: torch.optim.Optimizer, sampled: Rollout, config: TDMConfig, generator: torch.Generator,
+    average_gradients: AverageGradients = alone,
+) -> dict[str, float]:  # fmt: skip
     """One optimiser step of the critic on stages of the rollout, which is already all that the student says of them.
 
     Returns `critic/loss` and `critic/grad_norm`. Raises FloatingPointError before a step that is not finite.
     """
     total = 0.0
     optimizer.zero_grad(set_to_none=True)
-    for batch in sampled.batches:
-        stages = draw_stages(sampled.levels_S, len(batch.text_BLD), config.margin, generator)
+    for batch, stages, noise in _chances(sampled, config.margin, generator):
         rows = torch.arange(len(batch.text_BLD))
         x, x_next = batch.states_SBNC[stages.index_B, rows], batch.states_SBNC[stages.index_B + 1, rows]
         taken = (x_next - x) / _wide(stages.end_B - stages.start_B, x)
-        noised = CRITIC_TARGETS[config.critic_target](land(x, taken, stages), stages, _noise(x, generator))
+        noised = CRITIC_TARGETS[config.critic_target](land(x, taken, stages), stages, noise)
         with critic.acting() as transformer:
             v = velocity(transformer, noised.x_BNC, stages.tau_B, batch.text_BLD, sampled.grid)
             loss = critic_loss(v, noised).sum() / sampled.count
             loss.backward()
         total += float(loss.detach())
+    average_gradients(list(critic.parameters.values()))
     norm = _step(critic, optimizer, config.max_grad_norm)
     return {"critic/loss": total, "critic/grad_norm": norm}
 
 
 def train_student(
     student: Policy, critic: Policy, optimizer: torch.optim.Optimizer, sampled: Rollout, config: TDMConfig,
-    generator: torch.Generator,
+    generator: torch.Generator, average_gradients: AverageGradients = alone,
 ) -> dict[str, float]:  # fmt: skip
     """One optimiser step of the student; of each image one stage is evaluated again, with gradients.
 
@@ -305,10 +332,8 @@ def train_student(
     """
     totals: dict[str, float] = {}
     optimizer.zero_grad(set_to_none=True)
-    for batch in sampled.batches:
-        stages = draw_stages(sampled.levels_S, len(batch.text_BLD), config.margin, generator)
+    for batch, stages, noise in _chances(sampled, config.margin, generator):
         x = batch.states_SBNC[stages.index_B, torch.arange(len(batch.text_BLD))]
-        noise = _noise(x, generator)
         with student.acting() as transformer:
             landing = land(x, velocity(transformer, x, stages.start_B, batch.text_BLD, sampled.grid), stages)
             detached = Landing(x_BNC=landing.x_BNC.detach(), x0_BNC=landing.x0_BNC.detach())
@@ -320,6 +345,7 @@ def train_student(
             (loss_B.sum() / sampled.count).backward()  # within the role: checkpointing repeats the forward
         for name, value_B in metrics.items():
             totals[name] = totals.get(name, 0.0) + float(value_B.sum()) / sampled.count
+    average_gradients(list(student.parameters.values()))
     totals["grad_norm"] = _step(student, optimizer, config.max_grad_norm)
     student.update_average(config.ema)
     return totals
@@ -340,15 +366,11 @@ def _judged(
 
 
 def _step(policy: Policy, optimizer: torch.optim.Optimizer, max_norm: float) -> float:
-    norm = torch.nn.utils.clip_grad_norm_(list(policy.parameters.values()), max_norm)
+    norm = policy.clip_gradients(max_norm)
     if not torch.isfinite(norm):
         raise FloatingPointError(f"the {policy.name}'s gradient is not finite: no step was taken")
     optimizer.step()
     return float(norm)
-
-
-def _noise(like: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.randn(like.shape, generator=generator).to(like.device)
 
 
 def _wide(value_B: Tensor, like_BNC: Tensor) -> Tensor:

@@ -5,9 +5,9 @@ from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
-from rlhf_img.algorithms.rollout import Batch, Draw, Rollout
+from rlhf_img.algorithms.rollout import AverageGradients, Batch, Draw, Rollout
 from rlhf_img.model.forward import velocity
 from rlhf_img.model.policy import Policy
 
@@ -72,22 +72,21 @@ def split(sampled: Rollout, count: int) -> list[Rollout]:
 
 def optimise(
     policy: Policy, optimizer: torch.optim.Optimizer, part: Rollout, losses: Losses, max_grad_norm: float,
-    average_gradients: Callable[[list[nn.Parameter]], None],
+    average_gradients: AverageGradients,
 ) -> dict[str, float]:  # fmt: skip
     """One optimiser step on the mean loss over images and terms; the average is the caller's.
 
     Returns means of the metrics, and the gradient norm. Raises FloatingPointError before a step that is not finite.
     """
     count = sum(len(batch.rows_B) * len(batch.terms) for batch in part.batches)
-    parameters = list(policy.parameters.values())
     means: dict[str, float] = {}
     optimizer.zero_grad(set_to_none=True)
     for loss_B, metrics in losses(part):
         (loss_B.sum() / count).backward()
         for name, value in metrics.items():
             means[name] = means.get(name, 0.0) + float(value.sum()) / count
-    average_gradients(parameters)
-    norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+    average_gradients(list(policy.parameters.values()))
+    norm = policy.clip_gradients(max_grad_norm)
     if not torch.isfinite(norm):
         raise FloatingPointError(f"the gradient is not finite (loss {means['loss']:.4g}): no step was taken")
     optimizer.step()

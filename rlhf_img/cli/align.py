@@ -25,6 +25,10 @@ _Seed = Annotated[int | None, typer.Option(help="Of everything random.")]
 _Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --out.")]
 _ShowSettings = Annotated[bool, typer.Option("--settings", help="List every setting and stop.")]
 _AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+_Processes = Annotated[
+    int | None, typer.Option(min=1, help="On this machine, each with a share of the work [default: one a GPU; without "
+                             "one, for the playground, one a core].")
+]  # fmt: skip
 _Start = Annotated[
     str | None,
     typer.Option(metavar="RUN|FOLDER", help="Go on from this run's adapter, or a LoRA's [default: the model]."),
@@ -83,14 +87,7 @@ def online(algorithm: str) -> Callable[..., None]:
         config: _RunFile = None,
         out: Annotated[Path | None, typer.Option(help="The run's folder [default: runs/ALGORITHM-DATE-TIME].")] = None,
         seed: _Seed = None,
-        processes: Annotated[
-            int | None,
-            typer.Option(
-                min=1,
-                help="On this machine, each with a share of the prompts [default: one a GPU; "
-                "without one, for the playground, one a core].",
-            ),
-        ] = None,
+        processes: _Processes = None,
         resume: _Resume = False,
         show_settings: _ShowSettings = False,
         as_json: _AsJson = False,
@@ -102,10 +99,7 @@ def online(algorithm: str) -> Callable[..., None]:
             "rewards": rewards, "model": model, "start": start, "prompts": _text(prompts),
             "eval_prompts": _text(eval_prompts), "seed": seed,
         }  # fmt: skip
-        given = _started(_given(config, options, settings))
-        if not started() and (out is not None or not resume):
-            launch(_processes(algorithm, given, out if resume else None, processes))
-        _run(algorithm, given, out, resume, as_json)
+        _run(algorithm, _started(_given(config, options, settings)), out, resume, as_json, processes)
 
     command.__doc__ = _ONLINE_HELP[algorithm]
     return command
@@ -134,6 +128,7 @@ def dpo(
     config: _RunFile = None,
     out: Annotated[Path | None, typer.Option(help="The run's folder [default: runs/dpo-DATE-TIME].")] = None,
     seed: _Seed = None,
+    processes: _Processes = None,
     resume: _Resume = False,
     show_settings: _ShowSettings = False,
     as_json: _AsJson = False,
@@ -160,7 +155,7 @@ def dpo(
         "pairs": _text(pairs), "columns": columns, "rewards": rewards, "model": model, "start": start,
         "eval_prompts": _text(eval_prompts), "seed": seed,
     }  # fmt: skip
-    _run("dpo", _started(_given(config, options, settings)), out, resume, as_json)
+    _run("dpo", _started(_given(config, options, settings)), out, resume, as_json, processes)
 
 
 def tdm(
@@ -181,6 +176,7 @@ def tdm(
     config: _RunFile = None,
     out: Annotated[Path | None, typer.Option(help="The run's folder [default: runs/tdm-DATE-TIME].")] = None,
     seed: _Seed = None,
+    processes: _Processes = None,
     resume: _Resume = False,
     show_settings: _ShowSettings = False,
     as_json: _AsJson = False,
@@ -215,7 +211,7 @@ def tdm(
         from rlhf_img.training.tdm import INHERITED
 
         given = merge(settings_of(given.get("teacher"), INHERITED), given)
-    _run("tdm", given, out, resume, as_json)
+    _run("tdm", given, out, resume, as_json, processes)
 
 
 def sft(
@@ -288,12 +284,24 @@ def _processes(algorithm: str, given: dict[str, Any], resumed: Path | None, want
         config.check_processes(wanted)
         return wanted
     most = torch.cuda.device_count() or (torch.get_num_threads() if config.model == PLAYGROUND else 1)
-    most = 1 if config.method.updates > 1 else most
-    return max(n for n in range(1, most + 1) if config.method.prompts % n == 0)
+    return next(n for n in range(most, 0, -1) if n == 1 or _divides(config, n))
 
 
-def _run(algorithm: str, given: dict[str, Any], out: Path | None, resume: bool, as_json: bool) -> None:
-    """A run of an algorithm, which is a file of `training`, with the settings `given`, in the folder `out`."""
+def _divides(config: Any, processes: int) -> bool:
+    try:
+        config.check_processes(processes)
+    except RlhfImgError:
+        return False
+    return True
+
+
+def _run(
+    algorithm: str, given: dict[str, Any], out: Path | None, resume: bool, as_json: bool, processes: int | None = 1
+) -> None:
+    """A run of an algorithm, which is a file of `training`, with the settings `given`, in the folder `out`.
+
+    As `processes`, if it was not started as several already; None: as many as there is use for.
+    """
     from rich.console import Console
 
     from rlhf_img.report import build
@@ -303,6 +311,8 @@ def _run(algorithm: str, given: dict[str, Any], out: Path | None, resume: bool, 
 
     if resume and out is None:
         raise RlhfImgError("--resume needs --out with the folder of the run to go on with")
+    if processes != 1 and not started():
+        launch(_processes(algorithm, given, out if resume else None, processes))
     room = import_module(f"rlhf_img.training.{algorithm}")
     began = time.time()
     with distributed.joined():
@@ -341,15 +351,15 @@ def _text(path: Path | None) -> str | None:
 
 
 def _config(config: type[_Config], run: "RunDir", given: dict[str, Any], resume: bool) -> _Config:
-    """The settings given; of a resumed run its own, of which only `steps` and the sentinels, which do not train, may be
-    changed: anything else would make another run of it."""
+    """The settings given; of a resumed run its own, of which only `steps`, `shard` and the sentinels, which do not
+    train, may be changed: anything else would make another run of it."""
     if not resume:
         return from_mapping(config, given, "settings")
     saved = run.read_config()
     before = from_mapping(config, saved["config"], "the run's config.yaml")
     after = from_mapping(config, merge(saved["config"], given), "settings")
     old, new = to_mapping(before), to_mapping(after)
-    changed = [key for key in old if old[key] != new[key] and key not in ("steps", "sentinels")]
+    changed = [key for key in old if old[key] != new[key] and key not in ("steps", "shard", "sentinels")]
     if changed:
         raise RlhfImgError(
             f"a resumed run keeps its settings, and {', '.join(changed)} would change: leave them out, "

@@ -53,7 +53,16 @@ def _run(count: int) -> int:
         if failed:
             said[failed - 1].seek(0)
             sys.stderr.buffer.write(said[failed - 1].read())
-    return 0 if failed is None else _exit_code(running[failed].returncode)
+    if failed is None:
+        return 0
+    code = running[failed].returncode
+    if code < 0:  # it could not say so itself
+        print(
+            f"error: process {failed} of {count} was killed by {signal.Signals(-code).name} (out of memory?), and the "
+            "others were stopped. What the last checkpoint holds is safe; go on with --resume",
+            file=sys.stderr,
+        )
+    return _exit_code(code)
 
 
 def _die_with_parent() -> None:
@@ -65,7 +74,7 @@ def _wait(running: Sequence["subprocess.Popen[bytes]"]) -> int | None:
     while True:
         codes = [process.poll() for process in running]
         if failed := [rank for rank, code in enumerate(codes) if code]:
-            return failed[0]
+            return min(failed, key=lambda rank: (codes[rank] or 0) > 0)  # who misses one that was killed fails next
         if None not in codes:
             return None
         time.sleep(0.1)

@@ -15,6 +15,7 @@ from rlhf_img.errors import RlhfImgError
 from rlhf_img.model.loading import SETTINGS_FILE, Model
 from rlhf_img.model.lora import adopt, keep_state, role_parameters, roles
 from rlhf_img.model.official import official_module, write_safetensors
+from rlhf_img.model.sharding import whole
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 """The name that stock pipelines look for in a folder."""
@@ -59,10 +60,18 @@ def save_comfyui_lora(model: Model, role: str, file: str | Path) -> Path:
     return write_safetensors(state, Path(file))
 
 
-def save_weights(model: Model, folder: str | Path) -> Path:
-    """Write all weights of the transformer, which has no role: what a `full` run leaves; returns the file."""
-    state = {name: value.cpu().contiguous() for name, value in model.transformer.state_dict().items()}
-    return write_safetensors(state, Path(folder) / WEIGHTS_FILE)
+def save_weights(model: Model, folder: str | Path, *, write: bool = True) -> Path:
+    """Write all weights of the transformer, which has no role: what a `full` run leaves; returns the file.
+
+    Where they are sharded all processes call this, and one of them writes.
+    """
+    state: dict[str, torch.Tensor] = {}
+    for name, value in model.transformer.state_dict().items():
+        complete = whole(value)
+        if write:
+            state[name] = complete.cpu().contiguous()
+    file = Path(folder) / WEIGHTS_FILE
+    return write_safetensors(state, file) if write else file
 
 
 def load_weights(model: Model, folder: str | Path) -> None:

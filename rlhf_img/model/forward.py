@@ -14,6 +14,10 @@ from diffusers import Krea2Pipeline, Krea2Transformer2DModel
 from diffusers.models.transformers.transformer_krea2 import Krea2Attention, Krea2AttnProcessor, Krea2RotaryPosEmbed
 from jaxtyping import Float
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+
+SHARDED = "sharded_velocity"
+"""The method of a sharded transformer by which FSDP is told that a forward begins and ends: `sharded_velocity`."""
 
 
 class NativeGQAProcessor(Krea2AttnProcessor):
@@ -108,7 +112,18 @@ def velocity(
         )
     weight = transformer.img_in.weight
     with torch.autocast(weight.device.type, weight.dtype, enabled=weight.dtype != torch.float32):
-        return _velocity(transformer, x_BNC, sigma_B, text_BLD, grid).to(x_BNC.dtype)
+        if isinstance(transformer, FSDPModule):
+            v_BNC: Tensor = getattr(transformer, SHARDED)(x_BNC, sigma_B, text_BLD, grid)
+        else:
+            v_BNC = _velocity(transformer, x_BNC, sigma_B, text_BLD, grid)
+        return v_BNC.to(x_BNC.dtype)
+
+
+def sharded_velocity(
+    transformer: Krea2Transformer2DModel, x_BNC: Tensor, sigma_B: Tensor, text_BLD: Tensor, grid: tuple[int, int]
+) -> Tensor:
+    """What `velocity` computes, as FSDP calls it; a copy, since it warns of a view, whose hooks can get lost."""
+    return _velocity(transformer, x_BNC, sigma_B, text_BLD, grid).clone()
 
 
 def _velocity(
@@ -131,10 +146,32 @@ def _velocity(
 
 def by_length(texts: Sequence[Float[Tensor, "_ *D"]]) -> list[tuple[list[int], Float[Tensor, "_ _ *D"]]]:
     """Texts (L, D) of equal L stacked to (B, L, D), shortest first, each with the places its rows had in `texts`."""
+    return [(rows, torch.stack([texts[i] for i in rows])) for rows in _alike(texts)]
+
+
+def in_batches(
+    transformer: Krea2Transformer2DModel, texts: Sequence[Float[Tensor, "_ *D"]], size: int, group: int = 1
+) -> list[tuple[list[int], Float[Tensor, "_ _ *D"]]]:
+    """Texts (L, D) of equal L in batches of at most `size`, each with the places its rows had in `texts`.
+
+    Of a sharded transformer every `group` of texts, of one prompt, is by itself. So processes with as many groups run
+    it equally often whatever their prompts, as they must. That costs little: what is sharded is large, so that few
+    images fill a device, and few prompts have one length.
+    """
+    if isinstance(transformer, FSDPModule):
+        alike = [list(range(first, first + group)) for first in range(0, len(texts), group)]
+    else:
+        alike = _alike(texts)
+    parts = [rows[first : first + size] for rows in alike for first in range(0, len(rows), size)]
+    return [(rows, torch.stack([texts[i] for i in rows])) for rows in parts]
+
+
+def _alike(texts: Sequence[Tensor]) -> list[list[int]]:
+    """The places of texts of equal length, shortest first."""
     places: defaultdict[int, list[int]] = defaultdict(list)
     for place, text in enumerate(texts):
         places[len(text)].append(place)
-    return [(rows, torch.stack([texts[i] for i in rows])) for _, rows in sorted(places.items())]
+    return [rows for _, rows in sorted(places.items())]
 
 
 def velocity_mixed(

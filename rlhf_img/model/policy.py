@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from diffusers import Krea2Transformer2DModel
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from rlhf_img.model.lora import TARGETS, TIME_TARGETS, add_role, copy_role, role, role_parameters
 
@@ -70,6 +71,11 @@ class Policy:
     def update_average(self, decay: float) -> None:
         """average <- decay average + (1 - decay) parameters."""
         torch._foreach_lerp_(list(self.average.values()), [p.detach() for p in self.parameters.values()], 1 - decay)
+
+    def clip_gradients(self, max_norm: float) -> Tensor:
+        """Scales the gradients down if their norm, of all parameters together, exceeds `max_norm`; the norm before."""
+        norm = nn.utils.clip_grad_norm_(list(self.parameters.values()), max_norm)
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     @torch.no_grad()
     def _write(self, values: dict[str, Tensor]) -> None:

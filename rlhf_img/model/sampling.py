@@ -9,8 +9,9 @@ from torch import Tensor
 from rlhf_img.errors import RlhfImgError
 from rlhf_img.model.conditioning import Conditioner
 from rlhf_img.model.flow import euler_step, sigmas
-from rlhf_img.model.forward import by_length, velocity
+from rlhf_img.model.forward import in_batches, velocity
 from rlhf_img.model.loading import Model
+from rlhf_img.model.sharding import even
 from rlhf_img.model.vae import pack
 
 
@@ -65,22 +66,18 @@ def sample(
     empty = conditioner.encode([""])[0] if guidance > 0 else None
 
     done = 0
-    for places, text_BLD in by_length(conditioner.encode(prompts)):
-        for rows, text in zip(in_parts(places, batch_size), torch.split(text_BLD, batch_size), strict=True):
-            x = x_BNC[rows]
-            for sigma, s, s_next in zip(levels, levels.tolist(), levels.tolist()[1:], strict=False):
-                v = velocity(model.transformer, x, sigma, text, grid)
-                if empty is not None:
-                    unconditional = empty.expand(len(rows), -1, -1)
-                    v = v + guidance * (v - velocity(model.transformer, x, sigma, unconditional, grid))
-                x = euler_step(x, v, s, s_next)
-                done += len(rows)
-                if progress is not None:
-                    progress(done, len(prompts) * steps)
-            x_BNC[rows] = x
-    return x_BNC
-
-
-def in_parts(places: list[int], size: int) -> list[list[int]]:
-    """`places` in parts of `size`, of which the last may be shorter."""
-    return [places[i : i + size] for i in range(0, len(places), size)]
+    batches = in_batches(model.transformer, conditioner.encode(prompts), batch_size)
+    drawn_BNC = torch.empty_like(x_BNC)
+    for rows, text in even(model.transformer, batches):
+        x = x_BNC[rows]
+        for sigma, s, s_next in zip(levels, levels.tolist(), levels.tolist()[1:], strict=False):
+            v = velocity(model.transformer, x, sigma, text, grid)
+            if empty is not None:
+                unconditional = empty.expand(len(rows), -1, -1)
+                v = v + guidance * (v - velocity(model.transformer, x, sigma, unconditional, grid))
+            x = euler_step(x, v, s, s_next)
+            done += len(rows)
+            if progress is not None:
+                progress(min(done, len(prompts) * steps), len(prompts) * steps)
+        drawn_BNC[rows] = x
+    return drawn_BNC

@@ -30,6 +30,9 @@ class RunConfig:
     """Of the adapter, the order of prompts and all noise. Evaluation seeds do not depend on it."""
     full: bool = False
     """Train all weights of the transformer's blocks instead of a LoRA; needs room for a second copy of them."""
+    shard: bool = False
+    """Share the blocks' weights out over the processes (FSDP2) instead of a copy on each: for models that do not fit.
+    The run's folder must then be one that every process sees."""
     checkpoint_every: int = 10
     """Iterations between checkpoints."""
     keep_checkpoints: int = 2

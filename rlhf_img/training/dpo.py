@@ -4,6 +4,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +12,12 @@ import torch
 from torch import Tensor
 
 from rlhf_img.algorithms import dpo
-from rlhf_img.algorithms.dpo import DPOConfig, NoisedPairs
+from rlhf_img.algorithms.dpo import DPOConfig, NoisedPairs, PairErrors
 from rlhf_img.errors import RlhfImgError, RunStopped
 from rlhf_img.model.conditioning import Conditioner
 from rlhf_img.model.loading import PLAYGROUND, Model
 from rlhf_img.model.policy import Policy
+from rlhf_img.model.sharding import is_sharded
 from rlhf_img.model.vae import encode
 from rlhf_img.rewards import Images, load_rewards
 from rlhf_img.training import distributed
@@ -62,6 +64,10 @@ class Config(RunConfig):
         if min(self.heldout_pairs, self.measure_every) < 1:
             raise RlhfImgError("heldout_pairs and measure_every must be 1 or more")
 
+    def check_processes(self, count: int) -> None:
+        """Raises RlhfImgError if `count` processes cannot share the work."""
+        distributed.check_shares("dpo.pairs", self.dpo.pairs, count)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EncodedPair:
@@ -90,15 +96,16 @@ class Parts:
 
 def prepare(config: Config) -> tuple[Parts, Job]:
     """Loads and builds the parts of a run. Raises RlhfImgError for whatever the user can mend, before any training."""
-    distributed.require_one("preference optimisation")
+    config.check_processes(distributed.world())
     if config.pairs is None:
         raise RlhfImgError("preference optimisation needs pairs: give --pairs DATA; `rlhf-img pairs make` makes some")
     columns = pair_room.parse_columns(config.columns)
     found = pair_room.survey(Path(config.pairs), columns, max_bad=config.max_bad)
     watched = watched_rewards(load_rewards(config.rewards), config)
     model = open_model(config)
-    train, heldout = split(encode_pairs(model, pair_room.read_pairs(Path(config.pairs), columns)), config.heldout_pairs)
     policy = begin_policy(model, config.lora, config.seed, start=config.start, full=config.full)
+    (policy,) = distributed.shard(model, [policy], wanted=config.shard)
+    train, heldout = split(_encoded(model, pair_room.read_pairs(Path(config.pairs), columns)), config.heldout_pairs)
     optimizer = torch.optim.AdamW(
         list(policy.parameters.values()), lr=config.dpo.lr, weight_decay=config.dpo.weight_decay
     )
@@ -130,7 +137,10 @@ def iteration(parts: Parts, step: int) -> dict[str, float]:
     batches = _batches(config, parts.model, parts.conditioner, _drawn(config, parts.pairs, step), _seed(config, step))
     clock.lap("data")
     try:
-        trained = dpo.update(parts.policy, parts.optimizer, batches, parts.beta, config.dpo)
+        trained = dpo.update(
+            parts.policy, parts.optimizer, batches, parts.beta, config.dpo,
+            average_gradients=distributed.average_gradients,
+        )  # fmt: skip
     except FloatingPointError as error:
         raise RunStopped(
             f"iteration {step}: {error}. The last checkpoint stays; go on from it with --resume, or start again with a "
@@ -144,15 +154,27 @@ def iteration(parts: Parts, step: int) -> dict[str, float]:
         _stop_if_diverged(config, step, seen)
     clock.lap("measure")
     dimensions = parts.pairs[0].winner_NC.numel()
-    return {**trained, **seen, **clock.times(), "lr": lr, "beta_mean": parts.beta, "beta_sum": parts.beta / dimensions}
+    common = dpo.with_rises(distributed.joint_metrics({**trained, **clock.times()}, {}))
+    return {**common, **seen, "lr": lr, "beta_mean": parts.beta, "beta_sum": parts.beta / dimensions}
 
 
 def measured(parts: Parts) -> dict[str, float]:
     """Errors of the held-out pairs at fixed noise, as `heldout/...`."""
     batches = _batches(parts.config, parts.model, parts.conditioner, parts.heldout, _HELDOUT_SEED)
-    errors = dpo.measure(parts.policy, batches, parts.config.dpo)
+    errors = _gathered(dpo.measure(parts.policy, batches, parts.config.dpo))
     means = dpo.with_rises(dpo.describe(errors, parts.beta))
     return {name.replace("pairs/", "heldout/"): value for name, value in means.items()}
+
+
+def _gathered(errors: PairErrors) -> PairErrors:
+    """Those of all processes' pairs."""
+    return dpo.joined(distributed.gather(errors))
+
+
+def _encoded(model: Model, pairs: Iterable[Pair]) -> list[EncodedPair]:
+    """`encode_pairs` with the work shared by all processes."""
+    every = distributed.gather(encode_pairs(model, islice(pairs, distributed.rank(), None, distributed.world())))
+    return [every[i % len(every)][i // len(every)] for i in range(sum(map(len, every)))]
 
 
 def encode_pairs(model: Model, pairs: Iterable[Pair], *, at_once: int = 32) -> list[EncodedPair]:
@@ -213,8 +235,9 @@ def _measured_beta(
     ]
     try:
         return dpo.calibrated_beta(
-            policy, trial, _batches(config, model, conditioner, heldout, _HELDOUT_SEED), config.dpo
-        )
+            policy, trial, _batches(config, model, conditioner, heldout, _HELDOUT_SEED), config.dpo,
+            distributed.average_gradients, _gathered,
+        )  # fmt: skip
     except FloatingPointError as error:
         raise RunStopped(f"beta cannot be measured: {error}. Give dpo.beta_mean, or a lower dpo.lr") from error
 
@@ -241,15 +264,18 @@ def _seed(config: Config, step: int) -> int:
 def _batches(
     config: Config, model: Model, conditioner: Conditioner, pairs: Sequence[EncodedPair], seed: int
 ) -> list[NoisedPairs]:
-    """Pairs noised to `draws` levels each, those of one prompt length and size together."""
+    """This process's share of pairs noised to `draws` levels each, those of one prompt length and size together; of a
+    sharded transformer each by itself, see `model.forward.in_batches`."""
     generator = torch.Generator().manual_seed(seed)
     low, width, draws = config.dpo.min_sigma, config.dpo.max_sigma - config.dpo.min_sigma, config.dpo.draws
     shares = (torch.arange(draws)[:, None] + torch.rand(draws, len(pairs), generator=generator)) / draws
     noise = [torch.randn((draws, *pair.winner_NC.shape), generator=generator) for pair in pairs]
-    texts = conditioner.encode([pair.prompt for pair in pairs])
+    mine = distributed.share(len(pairs))
+    texts = dict(zip(mine, conditioner.encode([pairs[i].prompt for i in mine]), strict=True))
+    apart = is_sharded(model.transformer)
     groups = defaultdict(list)
-    for i, (pair, text) in enumerate(zip(pairs, texts, strict=True)):
-        groups[(pair.grid, len(text))].append(i)
+    for i in mine:
+        groups[(pairs[i].grid, len(texts[i]), i if apart else 0)].append(i)
 
     def stacked(tensors: Sequence[Tensor]) -> Tensor:
         return torch.cat(list(tensors)).to(model.device)
@@ -263,7 +289,7 @@ def _batches(
             stacked([noise[i] for i in rows]),
             grid,
         )
-        for (grid, _), rows in sorted(groups.items())
+        for (grid, *_), rows in sorted(groups.items())
     ]
 
 

@@ -74,14 +74,15 @@ def evaluate(
     )  # fmt: skip
     parts = distributed.gather(drawn.with_images(sum(i < shown for i in mine)))
     each = config.diversity_images
-    places = distributed.share(min(len(prompts), config.diversity_prompts))
+    diverse = min(len(prompts), config.diversity_prompts)
+    places = distributed.share(diverse)
     varied = draw_images(
         model, conditioner, [prompts[i] for i in places for _ in range(each)],
         [2 * EVAL_SEED + i * each + k for i in places for k in range(each)], num_steps=config.num_steps,
         guidance=config.guidance,
     )  # fmt: skip
-    spread = distributed.gather_shares(diversity(varied.unflatten(0, (-1, each))))
-    detail = distributed.gather_shares(high_frequency_energy(drawn.images.tensor))
+    spread = distributed.gather_shares(diversity(varied.unflatten(0, (-1, each))), diverse)
+    detail = distributed.gather_shares(high_frequency_energy(drawn.images.tensor), len(prompts))
     whole = merge(parts)
     return measure(whole, spread.tolist(), detail.tolist()), whole
 

@@ -31,7 +31,7 @@ from rlhf_img.training.panel import Best, Panel
 from rlhf_img.training.pool.run import PromptPool
 from rlhf_img.training.prompts import Prompt
 from rlhf_img.training.rundir import RunDir
-from rlhf_img.training.samples import Drawn, draw, draw_images, write_samples
+from rlhf_img.training.samples import Drawn, draw_images, draw_together, write_samples
 from rlhf_img.training.state import Trained, load_state, save_state
 from rlhf_img.training.trackers import NONE, Tracker, check_name
 from rlhf_img.training.watch import Draw, Watch, Watched
@@ -77,9 +77,14 @@ class Job:
 
 
 def open_model(config: RunConfig) -> Model:
-    """The run's model in its dtype. Raises RlhfImgError if there is none, or no such tracker."""
+    """The run's model in its dtype, in memory if it will be sharded: what is shared out need not fit on a device.
+
+    Raises RlhfImgError if there is none, or no such tracker.
+    """
     check_name(config.tracker)
-    return load(config.model, dtype=fast_dtype() if config.dtype == "auto" else getattr(torch, config.dtype))
+    device = "cpu" if config.shard and distributed.world() > 1 else None
+    dtype = fast_dtype() if config.dtype == "auto" else getattr(torch, config.dtype)
+    return load(config.model, device=device, dtype=dtype)
 
 
 def train(job: Job, run: RunDir, console: Console) -> dict[str, Any]:
@@ -118,15 +123,13 @@ def train(job: Job, run: RunDir, console: Console) -> dict[str, Any]:
                 run.save_checkpoint(step, write, keep_last=config.keep_checkpoints, keep=keep)
                 if job.pool is not None:
                     job.pool.publish()
-            sampled = config.sample_every and step % config.sample_every == 0 and step < config.steps
-            if sampled and distributed.is_first():
+            if config.sample_every and step % config.sample_every == 0 and step < config.steps:
                 _save_samples(job, run, f"step_{step:06d}")
     best.restore()
     with job.policy.averaged():
         after, drawn = measured(job, console, "measuring after")
         run.save_samples("after", lambda folder: write_samples(folder, drawn, config.samples))
-        if distributed.is_first():
-            _save_trained(job, run)
+        _save_trained(job, run)
     result = {
         "split": "heldout", "num_prompts": len(job.heldout_prompts), "images_per_prompt": 1,
         "num_steps": config.eval.num_steps, "guidance": config.eval.guidance,
@@ -270,8 +273,8 @@ def _heed(job: Job, run: RunDir, watch: Watch, step: int, metrics: dict[str, flo
 
 def _save_trained(job: Job, run: RunDir) -> None:
     if job.config.full:
-        save_weights(job.model, run.path / WEIGHTS)
-    else:
+        save_weights(job.model, run.path / WEIGHTS, write=distributed.is_first())
+    elif distributed.is_first():
         save_lora(job.model, POLICY, run.path / LORA)
 
 
@@ -279,7 +282,7 @@ def _save_samples(job: Job, run: RunDir, tag: str) -> None:
     prompts = job.heldout_prompts[: job.config.samples]
     seeds = [EVAL_SEED + i for i in range(len(prompts))]
     with job.policy.averaged():
-        drawn = draw(
+        drawn = draw_together(
             job.model, job.conditioner, job.watched, prompts, seeds, num_steps=job.config.eval.num_steps,
             guidance=job.config.eval.guidance,
         )  # fmt: skip

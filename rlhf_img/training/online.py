@@ -95,6 +95,7 @@ def prepare(config: OnlineConfig, learn: Learn) -> tuple[Parts, Job]:
     prompts, heldout = train_and_heldout(config)
     model = open_model(config)
     policy = begin_policy(model, config.lora, config.seed, start=config.start, full=config.full)
+    (policy,) = distributed.shard(model, [policy], wanted=config.shard)
     optimizer = torch.optim.AdamW(
         list(policy.parameters.values()), lr=config.method.lr, weight_decay=config.method.weight_decay
     )

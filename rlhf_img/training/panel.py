@@ -6,21 +6,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from safetensors.torch import load_file, save_file
 
 from rlhf_img.errors import RlhfImgError
 from rlhf_img.model.conditioning import Conditioner
 from rlhf_img.model.loading import Model
 from rlhf_img.model.policy import Policy
 from rlhf_img.rewards import Reward
+from rlhf_img.training import distributed
 from rlhf_img.training.evaluate import EVAL_SEED, EvalConfig
 from rlhf_img.training.likeness import colours
 from rlhf_img.training.prompts import Prompt
 from rlhf_img.training.rundir import RunDir
-from rlhf_img.training.samples import draw
+from rlhf_img.training.samples import draw_together
+from rlhf_img.training.tensors import read_tensors, write_tensors
 
 SCORE = "panel/score"
-_FILE = "average.safetensors"
+_AVERAGE = "average"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,7 +57,7 @@ class Panel:
         """Measures the averaged weights: `panel/score`, the mean over rewards of their place in their range, each
         reward's mean, and the mean saturation. NaN where nothing could be scored."""
         with self.policy.averaged():
-            drawn = draw(
+            drawn = draw_together(
                 self.model, self.conditioner, self.rewards, self.prompts,
                 [3 * EVAL_SEED + i for i in range(len(self.prompts))], num_steps=self.settings.num_steps,
                 guidance=self.settings.guidance,
@@ -93,8 +94,7 @@ class Best:
         before = self.score
         self._seen.append((step, metrics[SCORE]))
         if metrics[SCORE] > before:  # NaN is not better than anything
-            average = {name: value.cpu().contiguous() for name, value in panel.policy.average.items()}
-            self._run.save_best(lambda folder: save_file(average, folder / _FILE))
+            self._run.save_best(lambda folder: write_tensors(folder, _AVERAGE, panel.policy.average))
         return metrics
 
     @property
@@ -116,17 +116,16 @@ class Best:
     def restore(self) -> None:
         """Makes the best weights the averaged ones, which are measured and exported."""
         if self._panel is not None and self.step is not None:
-            read_average(self._run.path / "best" / _FILE, self._panel.policy)
+            distributed.gather(None)  # the first process may still be writing them
+            read_average(self._run.path / "best", self._panel.policy)
 
     def _known(self) -> list[tuple[int, float]]:
         return [(step, score) for step, score in self._seen if score is not None and not math.isnan(score)]
 
 
-def read_average(file: Path, policy: Policy) -> None:
-    """The averaged weights of a policy from a file. Raises RlhfImgError if it cannot be read."""
+def read_average(folder: Path, policy: Policy) -> None:
+    """The averaged weights of a policy from a folder. Raises RlhfImgError if they cannot be read."""
     try:
-        saved = load_file(file)
-        for name, value in policy.average.items():
-            value.copy_(saved[name])
-    except (OSError, KeyError, RuntimeError) as error:
-        raise RlhfImgError(f"{file} cannot be read ({error}): start the run again with another --out") from error
+        read_tensors(folder, _AVERAGE, policy.average)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise RlhfImgError(f"{folder} cannot be read ({error}): start the run again with another --out") from error

@@ -145,11 +145,12 @@ class RunDir:
         """`checkpoints/step_000123`, made by `write(folder)`; then all but the `keep_last` newest and `keep` are
         deleted.
 
+        Every process of a run calls this, and on each `write` is called, perhaps before the first has made the folder.
         Whatever goes wrong in `write`, the checkpoints that were there stay.
         """
         if keep_last < 1:
             raise ValueError(f"keep_last must be at least 1, got {keep_last}")
-        path = self._write_folder(self.path / "checkpoints" / f"step_{step:06d}", write)
+        path = self._write_folder(self.path / "checkpoints" / f"step_{step:06d}", write, together=True)
         self.rotate_checkpoints(keep_last, keep)
         return path
 
@@ -175,8 +176,9 @@ class RunDir:
         return self._write_folder(self.path / "samples" / tag, write)
 
     def save_best(self, write: Callable[[Path], None]) -> Path:
-        """`best`, made by `write(folder)`: what was best on a validation panel so far. An older one is replaced."""
-        return self._write_folder(self.path / "best", write)
+        """`best`, made by `write(folder)` as a checkpoint is: what was best on a validation panel so far. An older one
+        is replaced."""
+        return self._write_folder(self.path / "best", write, together=True)
 
     def write_image(self, name: str, png: bytes) -> None:
         """A PNG file such as `card.png`."""
@@ -202,11 +204,13 @@ class RunDir:
                 raise
             _sync(self.path)
 
-    def _write_folder(self, target: Path, write: Callable[[Path], None]) -> Path:
-        if not self._writes:
-            return target
+    def _write_folder(self, target: Path, write: Callable[[Path], None], *, together: bool = False) -> Path:
         hidden = target.with_name(_HIDDEN + target.name)
         with explained(self.path):
+            if not self._writes:
+                if together:
+                    write(hidden)
+                return target
             hidden.mkdir(parents=True)
             try:
                 write(hidden)

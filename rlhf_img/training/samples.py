@@ -20,6 +20,7 @@ from rlhf_img.rewards import Images, Reward, Scores, score
 from rlhf_img.rewards.artifact import ArtifactResult, artifact
 from rlhf_img.rewards.heat import overlay
 from rlhf_img.rubrics.scoring import RubricResult
+from rlhf_img.training import distributed
 from rlhf_img.training.prompts import Prompt
 
 Progress = Callable[[int, int], None]
@@ -46,13 +47,13 @@ class Drawn:
 
 
 def merge(parts: Sequence[Drawn]) -> Drawn:
-    """One from those of several processes, in the order of the seeds."""
+    """One from those of several processes, in the order of the seeds; what several drew is there once."""
     if len(parts) == 1:
         return parts[0]
     seeds = [seed for part in parts for seed in part.seeds]
-    order = sorted(range(len(seeds)), key=seeds.__getitem__)
+    order = _in_order(seeds)
     pictured = [seed for part in parts for seed in part.seeds[: len(part.images)]]
-    images = torch.cat([part.images.tensor for part in parts])[torch.tensor(pictured).argsort()]
+    images = torch.cat([part.images.tensor for part in parts])[_in_order(pictured)]
     first = parts[0].scores
     details = {name: [d for part in parts for d in part.scores.details[name]] for name in first.details}
     unscored = {name: sum((Counter(part.scores.unscored[name]) for part in parts), Counter()) for name in first.names}
@@ -64,6 +65,12 @@ def merge(parts: Sequence[Drawn]) -> Drawn:
     prompts = [prompt for part in parts for prompt in part.prompts]
     return Drawn(prompts=tuple(prompts[i] for i in order), seeds=tuple(seeds[i] for i in order),
                  images=Images(images), scores=scores)
+
+
+def _in_order(seeds: Sequence[int]) -> list[int]:
+    """Where each seed is, once, from the lowest to the highest."""
+    places = {seed: place for place, seed in enumerate(seeds)}
+    return [places[seed] for seed in sorted(places)]
 
 
 def draw(
@@ -78,6 +85,19 @@ def draw(
     columns = {"rubrics": [p.rubric for p in prompts]}
     scores = score(rewards, [p.text for p in prompts], wrapped, columns, max_unscored=1.0)
     return Drawn(prompts=tuple(prompts), seeds=tuple(seeds), images=wrapped, scores=scores)
+
+
+def draw_together(
+    model: Model, conditioner: Conditioner, rewards: Sequence[Reward], prompts: Sequence[Prompt], seeds: Sequence[int],
+    *, num_steps: int, guidance: float,
+) -> Drawn:  # fmt: skip
+    """`draw` with the work shared by all processes, each of which gets the whole. The seeds differ and rise."""
+    mine = distributed.share(len(prompts))
+    drawn = draw(
+        model, conditioner, rewards, [prompts[i] for i in mine], [seeds[i] for i in mine], num_steps=num_steps,
+        guidance=guidance,
+    )  # fmt: skip
+    return merge(distributed.gather(drawn))
 
 
 def draw_images(

@@ -82,6 +82,10 @@ class Config(RunConfig):
                 "tdm.num_steps and leave eval.guidance 0"
             )
 
+    def check_processes(self, count: int) -> None:
+        """Raises RlhfImgError if `count` processes cannot share the work."""
+        distributed.check_shares("tdm.prompts", self.tdm.prompts, count)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Parts:
@@ -98,7 +102,7 @@ class Parts:
 
 def prepare(config: Config) -> tuple[Parts, Job]:
     """Loads and builds the parts of a run. Raises RlhfImgError for whatever the user can mend, before any work."""
-    distributed.require_one("TDM")
+    config.check_processes(distributed.world())
     watched = watched_rewards(load_rewards(config.rewards), config)
     prompts, heldout = train_and_heldout(config)
     model = open_model(config)
@@ -116,6 +120,7 @@ def prepare(config: Config) -> tuple[Parts, Job]:
         else make_role(model.transformer, name, config.lora, config.seed + i, start=start)
         for i, name in enumerate((POLICY, CRITIC))
     )
+    student, critic = distributed.shard(model, [student, critic], wanted=config.shard)
     optimizers: dict[str, torch.optim.Optimizer] = {
         role.name: torch.optim.AdamW(list(role.parameters.values()), lr=lr, weight_decay=config.tdm.weight_decay)
         for role, lr in ((student, config.tdm.lr), (critic, config.tdm.critic_lr))
@@ -181,8 +186,9 @@ def iteration(parts: Parts, step: int) -> dict[str, float]:
     drawn = prompt_room.draw(parts.prompts, config.tdm.prompts, step - 1, config.seed)
     seed = (config.seed * 100_003 + step) * 100_000  # an image's is this and its place
     sampled = tdm.rollout(
-        parts.model, parts.student, parts.conditioner, [p.text for p in drawn], config.tdm, seed
-    )
+        parts.model, parts.student, parts.conditioner, [p.text for p in drawn], config.tdm, seed,
+        distributed.share(len(drawn)),
+    )  # fmt: skip
     clock.lap("rollout")
     generator = torch.Generator().manual_seed(seed)
     left = 1 - (step - 1) / config.steps
@@ -192,13 +198,16 @@ def iteration(parts: Parts, step: int) -> dict[str, float]:
     try:
         learnt: dict[str, float] = {}
         for _ in range(config.tdm.critic_updates):
-            learnt = tdm.train_critic(parts.critic, parts.optimizers[CRITIC], sampled, config.tdm, generator)
+            learnt = tdm.train_critic(
+                parts.critic, parts.optimizers[CRITIC], sampled, config.tdm, generator, distributed.average_gradients
+            )
         moved = tdm.train_student(
-            parts.student, parts.critic, parts.optimizers[POLICY], sampled, config.tdm, generator
-        )
+            parts.student, parts.critic, parts.optimizers[POLICY], sampled, config.tdm, generator,
+            distributed.average_gradients,
+        )  # fmt: skip
     except FloatingPointError as error:
         raise RunStopped(
             f"iteration {step}: {error}. The last checkpoint stays; start again with a lower tdm.lr and tdm.critic_lr"
         ) from error
     clock.lap("train")
-    return {**moved, **learnt, **clock.times(), "lr": config.tdm.lr * left}
+    return {**distributed.joint_metrics({**moved, **learnt, **clock.times()}, {}), "lr": config.tdm.lr * left}
