@@ -191,7 +191,8 @@ def update(
         optimizer.zero_grad(set_to_none=True)
         for item in replay(policy, part, config):
             loss_B, metrics = term_loss(item, advantages_B[item.rows_B], config)
-            (loss_B.sum() / count).backward()
+            with policy.acting():  # checkpointing repeats the forward
+                (loss_B.sum() / count).backward()
             for name, value in metrics.items():
                 totals[name] = totals.get(name, 0.0) + float(value.sum()) / count / len(parts)
             deviation = float((item.log_ratio_B.detach().exp() - 1).abs().max())

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from rlhf_img.errors import RlhfImgError
+from rlhf_img.model.compute import apply_compute
 from rlhf_img.model.conditioning import Conditioner
 from rlhf_img.model.export import save_lora, save_weights
 from rlhf_img.model.loading import PLAYGROUND, Model, fast_dtype, load
@@ -69,7 +70,14 @@ class Job:
 def open_model(config: RunConfig) -> Model:
     """The run's model in its dtype. Raises RlhfImgError if there is none, or no such tracker."""
     check_name(config.tracker)
-    return load(config.model, dtype=fast_dtype() if config.dtype == "auto" else getattr(torch, config.dtype))
+    model = load(config.model, dtype=run_dtype(config), offload=config.compute.offload)
+    apply_compute(model.transformer, config.compute)
+    return model
+
+
+def run_dtype(config: RunConfig) -> torch.dtype:
+    """The dtype of the frozen base."""
+    return fast_dtype() if config.dtype == "auto" else getattr(torch, config.dtype)
 
 
 def train(job: Job, run: RunDir, console: Console) -> dict[str, Any]:

@@ -1,0 +1,253 @@
+"""Memory and arithmetic of a training step before anything is loaded, from the run's settings and the model's configs.
+
+What stands all the time is added up: weights, adapters, their average and gradients, the optimiser's state. On top comes
+the phase that needs most: sampling, training, the optimiser's step, decoding or reading prompts. What a phase needs is
+counted on its own code (model/counting.py). Prompts are taken to be of one length, so that batches are as full as they
+can be. Not counted: rewards, the CUDA context (about 0.5 GB), and what an allocator loses to fragments.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from rlhf_img.algorithms.rollout import images_at_once
+from rlhf_img.config import to_mapping
+from rlhf_img.errors import RlhfImgError
+from rlhf_img.model.conditioning import BATCH_SIZE
+from rlhf_img.model.counting import Batch, as_text, count_decode, count_passes, dress
+from rlhf_img.model.policy import LoRAConfig
+from rlhf_img.model.sizes import Sizes, sizes_of, weight_bytes
+from rlhf_img.model.vae import at_once
+from rlhf_img.training import dpo, grpo, sft, tdm
+from rlhf_img.training.config import RunConfig
+from rlhf_img.training.loop import run_dtype
+
+PREFIX = 34
+"""Tokens of the template before the prompt; they are encoded and dropped."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Work:
+    """Forwards of a step that are alike."""
+
+    phase: str
+    images: int
+    """Image-forwards of the step, and how many of them go through at once."""
+    at_once: int
+    train: bool = False
+    """With gradients and the way back."""
+    graphs: int = 1
+    """Batches whose activations are kept at once."""
+    during: str | None = None
+    """The phase whose activations are there meanwhile."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """What a step does."""
+
+    works: tuple[Work, ...]
+    prompts: int
+    """Prompts that are read, at most."""
+    roles: int = 1
+    """Adapters, or copies of the blocks, that are trained."""
+    started: bool = False
+    """Whether a frozen adapter is there too."""
+    gradients: int = 1
+    """How many of them, in multiples of what is trained, there are at once."""
+    decoded: int = 0
+    """Images that are decoded."""
+    latents: int = 0
+    """Images whose latents are kept."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Estimate:
+    """What a step needs, in bytes and FLOP."""
+
+    standing: dict[str, float]
+    """What is there all the time."""
+    phases: dict[str, float]
+    """What each phase needs beside."""
+    flop: dict[str, float]
+
+    @property
+    def peak(self) -> float:
+        """Most bytes at once."""
+        return sum(self.standing.values()) + max(self.phases.values())
+
+
+def plan_of(config: RunConfig) -> Plan:
+    """What a step of this run does. Raises RlhfImgError for an algorithm that is not known here."""
+    match config:
+        case grpo.Config():
+            return _grpo(config)
+        case tdm.Config():
+            c, images = config.tdm, config.tdm.prompts * config.tdm.images
+            at_once, judges = min(c.batch_size, images), 3 if c.guidance > 0 else 2
+            return Plan(
+                works=(
+                    Work(phase="rollout", images=c.num_steps * images, at_once=at_once),
+                    Work(phase="train", images=(c.critic_updates + 1) * images, at_once=at_once, train=True),
+                    Work(phase="reference", images=judges * images, at_once=at_once, during="train"),
+                ),
+                prompts=c.prompts, roles=2, started=config.teacher is not None, latents=images * (c.num_steps + 1),
+            )  # fmt: skip
+        case dpo.Config():
+            count = config.dpo.pairs * config.dpo.draws
+            at_once = min(max(1, config.dpo.batch_size // 2), count)
+            return Plan(
+                works=(
+                    Work(phase="reference", images=2 * count, at_once=at_once),
+                    Work(phase="train", images=2 * count, at_once=at_once, train=True, graphs=2),
+                ),
+                prompts=config.dpo.pairs, started=config.start is not None, gradients=5, latents=6 * count,
+            )  # fmt: skip
+        case sft.Config():
+            count = config.sft.images * config.sft.draws
+            train = Work(phase="train", images=count, at_once=min(config.sft.batch_size, count), train=True)
+            return Plan(works=(train,), prompts=config.sft.images, latents=3 * count)
+    raise RlhfImgError(f"there is no estimate for a {type(config).__module__.rpartition('.')[2]} run")
+
+
+def _grpo(config: grpo.Config) -> Plan:
+    c, images = config.grpo, config.grpo.prompts * config.grpo.group
+    rows = min(images_at_once(c), images)
+    terms = c.draws if c.likelihood == "forward" else c.window
+    together = rows * min(terms, max(1, c.batch_size // rows)) if c.likelihood == "forward" else rows
+    old = c.draws if c.likelihood == "forward" and c.updates > 1 else 0
+    works = [
+        Work(phase="rollout", images=(c.num_steps + old) * images, at_once=rows),
+        Work(phase="train", images=terms * images, at_once=together, train=True),
+    ]
+    if c.kl > 0:
+        seen = (2 if c.reference_guidance > 0 else 1) * terms * images
+        works.append(Work(phase="reference", images=seen, at_once=together, during="train"))
+    return Plan(
+        works=tuple(works), prompts=c.prompts, started=config.start is not None, decoded=images,
+        latents=images * (3 * terms + 2),
+    )
+
+
+def estimate(
+    config: RunConfig, sizes: Sizes, *, dtype: torch.dtype, size: int | None = None, text: int = 100,
+    foreach: bool = True,
+) -> Estimate:  # fmt: skip
+    """What a step of this run needs at `size` pixels, with prompts of `text` tokens and a base of `dtype`.
+
+    `foreach`: whether AdamW works on all weights at once, as it does on CUDA and not on a CPU.
+    """
+    plan, size = plan_of(config), size or sizes.default_size
+    grid, lora = sizes.grid(size), None if config.full else config.lora
+    weights = {name: float(weight_bytes(part, dtype)) for name, part in sizes.parts().items()}
+    trained = plan.roles * _trained_bytes(sizes, lora, dtype)
+    gradients = plan.gradients * trained
+    standing = {"transformer": weights["transformer"]} if config.compute.offload else dict(weights)
+    if lora:
+        standing["adapters and averages"] = trained * (2 + plan.started / plan.roles)
+    else:
+        standing |= {"copies": plan.roles * weights["transformer"], "averages": trained}
+    standing["optimiser"] = 2 * trained
+    standing["latents"] = 4.0 * plan.latents * grid[0] * grid[1] * int(sizes.transformer["in_channels"])
+
+    # Gradients stay from one step to the next, and a single way back makes them as activations go.
+    found, flop = {}, {}
+    phases = {"optimiser": gradients + (trained / plan.roles if foreach else 0.0)}
+    for work in plan.works:
+        batch = Batch(images=work.at_once, grid=grid, text=text)
+        passes = found[work.phase] = count_passes(
+            sizes.transformer, lora, dtype, batch, config.compute.checkpoint_blocks
+        )
+        flop[work.phase] = (passes.train_flop if work.train else passes.infer_flop) * work.images / work.at_once
+        if not work.train:
+            phases[work.phase] = gradients + passes.infer_peak + (found[work.during].kept if work.during else 0.0)
+        else:
+            there = gradients if work.images > plan.roles * work.at_once else gradients - trained / plan.roles
+            phases[work.phase] = there + passes.train_peak + (work.graphs - 1) * passes.kept
+    phases["conditioning"] = gradients + _conditioning(sizes, min(plan.prompts, BATCH_SIZE), text, dtype)
+    if plan.decoded:
+        some = min(at_once(size, size), plan.decoded)
+        peak, once = count_decode(as_text(sizes.vae), dtype, some, size)
+        phases["decoding"], flop["decoding"] = gradients + peak, once * plan.decoded / some
+    if config.compute.offload:
+        for name, part in (("conditioning", "text_encoder"), ("decoding", "vae")):
+            phases[name] = phases.get(name, 0.0) + weights[part]
+    return Estimate(standing=standing, phases=phases, flop=flop)
+
+
+def _trained_bytes(sizes: Sizes, lora: LoRAConfig | None, dtype: torch.dtype) -> float:
+    """Of one role's weights; their average, gradients and each moment of the optimiser are as large."""
+    transformer = sizes.parts()["transformer"]
+    dress(transformer, lora, dtype, 0)
+    return float(sum(p.nbytes for p in transformer.parameters() if p.requires_grad))
+
+
+def _conditioning(sizes: Sizes, prompts: int, text: int, dtype: torch.dtype) -> float:
+    """The text encoder's states of all layers, and the work of one."""
+    encoder = sizes.text_encoder.text_config
+    states = encoder.num_hidden_layers + 1 + int(sizes.transformer["num_text_layers"])
+    return float(
+        prompts * (text + PREFIX) * (states * encoder.hidden_size + 3 * encoder.intermediate_size) * dtype.itemsize
+    )
+
+
+def what_fits(
+    config: RunConfig, sizes: Sizes, limit: float, *, dtype: torch.dtype, size: int | None = None, text: int = 100
+) -> tuple[RunConfig, Estimate] | None:
+    """The run with the fewest changes that needs at most `limit` bytes: offloading, then checkpointing of all blocks,
+    then smaller batches; None if nothing helps."""
+    for settings in _smaller(config):
+        found = estimate(settings, sizes, dtype=dtype, size=size, text=text)
+        if found.peak <= limit:
+            return settings, found
+    return None
+
+
+def _smaller(config: RunConfig) -> Iterator[RunConfig]:
+    compute = dataclasses.replace(config.compute, offload=True)
+    yield (config := dataclasses.replace(config, compute=compute))
+    yield (config := dataclasses.replace(config, compute=dataclasses.replace(compute, checkpoint_blocks="all")))
+    name = algorithm_of(config)
+    own = getattr(config, name)
+    least = 2 if name == "dpo" else 1
+    while own.batch_size > least:
+        own = dataclasses.replace(own, batch_size=max(least, own.batch_size // 2))
+        yield dataclasses.replace(config, **{name: own})
+
+
+def algorithm_of(config: RunConfig) -> str:
+    """The name of the run's algorithm, which is that of its own settings too."""
+    return type(config).__module__.rpartition(".")[2]
+
+
+def check_memory(config: RunConfig, limit: float, device: str) -> None:
+    """Raises RlhfImgError if a step needs more than `limit` bytes, with what would fit; before anything is loaded."""
+    sizes, dtype = sizes_of(config.model), run_dtype(config)
+    foreach = device == "cuda"
+    needed = estimate(config, sizes, dtype=dtype, foreach=foreach).peak
+    if needed <= limit:
+        return
+    fits = what_fits(config, sizes, limit, dtype=dtype)
+    raise RlhfImgError(
+        f"a step of this run needs about {needed / 2**30:.1f} GiB, and {device} has {limit / 2**30:.1f} GiB: "
+        + (f"{' '.join(changes(config, fits[0]))} needs {fits[1].peak / 2**30:.1f} GiB" if fits else
+           "no batch is small enough; take a larger device, more of them, or a smaller model or image")
+        + f". `rlhf-img doctor --algorithm {algorithm_of(config)} --model {config.model}` shows the parts"
+    )
+
+
+def changes(before: RunConfig, after: RunConfig) -> list[str]:
+    """What differs, as key=value."""
+    old, new = flat(to_mapping(before)), flat(to_mapping(after))
+    return [f"{key}={str(value).lower()}" for key, value in new.items() if old[key] != value]
+
+
+def flat(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested mapping with dotted keys."""
+    found: dict[str, Any] = {}
+    for key, value in mapping.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return found
