@@ -1,8 +1,10 @@
 """How a transformer is computed with, which changes time and memory and no result beyond rounding: gradient
 checkpointing, compiled blocks, the attention kernel, and what leaves the device while it is not needed."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from diffusers import Krea2Transformer2DModel
@@ -72,8 +74,9 @@ def checkpoint_blocks(transformer: Krea2Transformer2DModel, count: int | Literal
         transformer.disable_gradient_checkpointing()
 
 
-def _run_block(block: nn.Module, *args: Tensor) -> Tensor:
-    return checkpoint(block, *args, use_reentrant=False) if block.is_checkpointed else block(*args)
+def _run_block(block: nn.Module, *args: Any) -> Tensor:
+    run: Callable[..., Tensor] = partial(checkpoint, block, use_reentrant=False) if block.is_checkpointed else block
+    return run(*args)
 
 
 def use_attention(transformer: Krea2Transformer2DModel, backend: str) -> None:

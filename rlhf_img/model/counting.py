@@ -87,11 +87,11 @@ class Passes:
 
     infer_peak: float
     """Most bytes during a forward without gradients."""
-    kept: float
-    """Bytes that a forward with gradients keeps for the way back."""
-    train_peak: float
-    """Most bytes during that forward and its way back."""
     infer_flop: float
+    train_peak: float
+    """Most bytes during a forward with gradients and its way back."""
+    kept: float
+    """Bytes that this forward keeps for the way back."""
     train_flop: float
 
 
@@ -117,52 +117,53 @@ def count_passes(
     """
     total = int(config["num_layers"])
     repeated = total if checkpointed == "all" else min(checkpointed, total)
-    counts = {
-        again: [_count_blocks(as_text(config), lora, dtype, batch, n, again) for n in (1, 2)]
-        for again in {False, repeated > 0}
-    }
 
-    def of(name: str, blocks: int, again: bool) -> float:
-        """By the count of one block and of two, for blocks are alike; to the peak a further one adds what it keeps."""
-        one, two = counts[again]
-        rising = "kept" if name == "train_peak" else name
-        return float(getattr(two, name) + (blocks - 2) * (getattr(two, rising) - getattr(one, rising)))
+    def counts(kind: _Kind) -> list[tuple[float, float, float]]:
+        return [_count_blocks(as_text(config), lora, dtype, batch, n, kind) for n in (1, 2)]
 
-    def both(name: str) -> float:
-        shared = of(name, 0, False)
-        return of(name, total - repeated, False) + (of(name, repeated, True) - shared if repeated else 0)
+    # Blocks are alike, so that one and two of them tell of any number; to a peak each adds what it keeps.
+    infer = [two + (total - 2) * (two - one) for one, two in zip(*counts("infer"), strict=True)]
+    shared, peaks, kept, flop = [], [], 0.0, 0.0
+    for kind, blocks in (("repeated", repeated), ("plain", total - repeated)):
+        if blocks:
+            one, two = counts(kind)
+            shared = [2 * a - b for a, b in zip(one, two, strict=True)]
+            # Backwards the last blocks come first, which keep everything; the others wait, and then repeat a forward.
+            peaks.append(two[0] + (blocks - 2) * (two[1] - one[1]) + kept)
+            kept += blocks * (two[1] - one[1])
+            flop += blocks * (two[2] - one[2])
+    return Passes(infer[0], infer[2], max(peaks), kept + shared[1], flop + shared[2])
 
-    # Backwards the blocks that kept everything come first, and are gone when the others repeat their forward.
-    plain = of("train_peak", total - repeated, False) if repeated < total else 0.0
-    waiting = of("kept", repeated, True) - of("kept", 0, False) if repeated else 0.0
-    return Passes(
-        infer_peak=of("infer_peak", total, False), kept=both("kept"),
-        train_peak=max(plain + waiting if plain else 0.0, of("train_peak", repeated, True) if repeated else 0.0),
-        infer_flop=of("infer_flop", total, False), train_flop=both("train_flop"),
-    )  # fmt: skip
+
+_Kind = Literal["infer", "plain", "repeated"]
 
 
 @lru_cache(maxsize=256)
 def _count_blocks(
-    config: str, lora: LoRAConfig | None, dtype: torch.dtype, batch: Batch, blocks: int,
-    repeated: bool,
-) -> Passes:  # fmt: skip
+    config: str, lora: LoRAConfig | None, dtype: torch.dtype, batch: Batch, blocks: int, kind: _Kind
+) -> tuple[float, float, float]:
+    """Peak, what is kept, and FLOP, of a transformer of so few blocks."""
     with torch.device("meta"):
         transformer = Krea2Transformer2DModel.from_config({**json.loads(config), "num_layers": blocks})
-    dress(transformer, lora, dtype, blocks if repeated else 0)
+    dress(transformer, lora, dtype, blocks if kind == "repeated" else 0)
     rotary_tables.cache_clear()  # real tables must not meet fake tensors, here or later
     try:
         with FakeTensorMode():
             _fake(transformer)
-            return _measured(transformer, lora is not None, batch)
+            return measure(transformer, batch, train=kind != "infer", adapted=lora is not None)
     finally:
         rotary_tables.cache_clear()
 
 
+def set_dtype(module: nn.Module, dtype: torch.dtype) -> None:
+    """The dtypes that weights have once they are loaded."""
+    for name, parameter in module.named_parameters():
+        parameter.data = parameter.data.to(weight_dtype(module, name, dtype))
+
+
 def dress(transformer: Krea2Transformer2DModel, lora: LoRAConfig | None, dtype: torch.dtype, checkpointed: int) -> None:
     """Gives a transformer, on any device, the dtypes, role and checkpointing that a run gives it."""
-    for name, parameter in transformer.named_parameters():
-        parameter.data = parameter.data.to(weight_dtype(transformer, name, dtype))
+    set_dtype(transformer, dtype)
     transformer.eval().requires_grad_(False)
     use_native_gqa(transformer)
     checkpoint_blocks(transformer, checkpointed)
@@ -178,29 +179,31 @@ def inputs(transformer: Krea2Transformer2DModel, batch: Batch) -> tuple[Tensor, 
     return x, torch.zeros(batch.images, device=like.device), text
 
 
-def _measured(transformer: Krea2Transformer2DModel, adapted: bool, batch: Batch) -> Passes:
+def measure(
+    transformer: Krea2Transformer2DModel, batch: Batch, *, train: bool, adapted: bool
+) -> tuple[float, float, float]:
+    """Peak, what is kept, and FLOP, of one batch through a transformer that is there, fake or real."""
     weights = list(transformer.parameters())
     for weight in weights:
         weight.grad = torch.zeros_like(weight) if weight.requires_grad else None
     given = inputs(transformer, batch)
     held = [*weights, *(w.grad for w in weights if w.grad is not None), *given]
-    with role(transformer, POLICY if adapted else None):
-        with torch.no_grad():
-            velocity(transformer, *given, batch.grid)  # makes the rotary tables, which stay
-            with Count(held) as infer:
-                velocity(transformer, *given, batch.grid)
-        with Count(held) as train:
+    with role(transformer, POLICY if adapted else None), torch.set_grad_enabled(train):
+        velocity(transformer, *given, batch.grid)  # makes the rotary tables, which stay
+        with Count(held) as count:
             v = velocity(transformer, *given, batch.grid)
-            kept = train.live - train.start
-            v.square().mean().backward()
-    return Passes(infer.peak - infer.start, kept, train.peak - train.start, infer.flop, train.flop)
+            kept = count.live - count.start
+            if train:
+                v.square().mean().backward()
+    return count.peak - count.start, kept, count.flop
 
 
 @lru_cache(maxsize=64)
 def count_decode(vae_config: str, dtype: torch.dtype, images: int, size: int) -> tuple[int, int]:
     """Most bytes beside the weights, and FLOP, of decoding so many square images of `size` pixels at once."""
     with torch.device("meta"):
-        vae = AutoencoderKLQwenImage.from_config(json.loads(vae_config)).to(dtype).eval().requires_grad_(False)
+        vae = AutoencoderKLQwenImage.from_config(json.loads(vae_config)).eval().requires_grad_(False)
+    set_dtype(vae, dtype)
     side = size // 2 ** len(vae.temperal_downsample)
     with FakeTensorMode(), torch.no_grad(), single_frame(vae):
         _fake(vae)

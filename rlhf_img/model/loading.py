@@ -130,7 +130,7 @@ def load(
     offload: bool = False,
 ) -> Model:  # fmt: skip
     """The model called `name`: "playground", a local diffusers folder, a hub id such as "krea/Krea-2-Raw", or
-    "FILE.safetensors@MODEL", a transformer in the layout of krea-ai/krea-2 in the pipeline MODEL, which is one of these.
+    "FILE.safetensors@MODEL": a transformer in the layout of krea-ai/krea-2 with the other parts of MODEL, one of these.
 
     `device` defaults to CUDA where there is one, else the CPU; `dtype` (of the frozen base) to bfloat16 on CUDA and
     float32 elsewhere. Each weight goes from its file to the device in its dtype, without a second copy in memory; with
@@ -146,7 +146,8 @@ def load(
     source = str(folder or parts or name)
     given = {}
     try:
-        with without_progress_bars(), torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        here = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+        with without_progress_bars(), here:
             if at:
                 given["transformer"] = _from_checkpoint(Path(f"{file}.safetensors"), source, device, dtype)
             if offload:

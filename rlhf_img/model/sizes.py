@@ -1,9 +1,7 @@
 """How large a model is, from its configs alone: built on the meta device, where weights have sizes and no values."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -74,7 +72,7 @@ def sizes_of(name: str) -> Sizes:
     where = str(folder or parts or name)
     try:
         with without_progress_bars():
-            index = json.loads(Path(folder, "model_index.json").read_text()) if folder else Krea2Pipeline.load_config(where)
+            index = Krea2Pipeline.load_config(where)
             return Sizes(
                 name=name, transformer=Krea2Transformer2DModel.load_config(where, subfolder="transformer"),
                 vae=AutoencoderKLQwenImage.load_config(where, subfolder="vae"),

@@ -1,9 +1,9 @@
 """Memory and arithmetic of a training step before anything is loaded, from the run's settings and the model's configs.
 
-What stands all the time is added up: weights, adapters, their average and gradients, the optimiser's state. On top comes
-the phase that needs most: sampling, training, the optimiser's step, decoding or reading prompts. What a phase needs is
-counted on its own code (model/counting.py). Prompts are taken to be of one length, so that batches are as full as they
-can be. Not counted: rewards, the CUDA context (about 0.5 GB), and what an allocator loses to fragments.
+What stands all the time is added up: weights, adapters, their averages, the optimiser's state. On top comes the phase
+that needs most: sampling, training, the optimiser's step, decoding or reading prompts. What a phase needs is counted on
+its own code (model/counting.py). Prompts are taken to be of one length, so that batches are as full as they can be.
+Not counted: rewards, the CUDA context (about 0.5 GB), what an allocator loses to fragments, compiled blocks' savings.
 """
 
 import dataclasses
