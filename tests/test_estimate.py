@@ -9,6 +9,7 @@ import torch
 from rlhf_img.algorithms import dpo, grpo, sft, tdm
 from rlhf_img.algorithms.rollout import rollout
 from rlhf_img.config import from_mapping, merge, parse_overrides
+from rlhf_img.errors import RlhfImgError
 from rlhf_img.model.compute import apply_compute
 from rlhf_img.model.conditioning import Conditioner
 from rlhf_img.model.counting import Batch, Count, count_passes, dress, measure
@@ -19,7 +20,7 @@ from rlhf_img.model.vae import decode
 from rlhf_img.playground.build import build_transformer
 from rlhf_img.training import dpo as dpo_room
 from rlhf_img.training.dpo import EncodedPair
-from rlhf_img.training.estimate import estimate
+from rlhf_img.training.estimate import changes, check_memory, estimate, what_fits
 
 
 def config_of(algorithm: str, *settings: str) -> Any:
@@ -127,3 +128,24 @@ def test_a_step_needs_what_was_predicted(algorithm: str, settings: tuple[str, ..
         one(config, model, roles, optimizers)
     assert found.peak == pytest.approx(count.peak, rel=0.15)
     assert sum(found.flop.values()) == pytest.approx(count.flop, rel=0.1)
+
+
+def test_too_little_memory_is_told_before_loading_with_what_would_fit() -> None:
+    config = config_of("sft", "sft.images=6", "sft.draws=2", "sft.batch_size=12")
+    sizes = sizes_of("playground")
+    needed = estimate(config, sizes, dtype=torch.float32, foreach=False).peak
+    check_memory(config, torch.device("cpu"), needed)
+    with pytest.raises(RlhfImgError, match=r"needs about .* GiB .* are free: .*checkpoint_blocks=all.* needs .*doctor"):
+        check_memory(config, torch.device("cpu"), needed / 3)
+    fits = what_fits(config, sizes, needed / 3, dtype=torch.float32, foreach=False)
+    assert fits is not None and fits[1].peak <= needed / 3
+    assert changes(config, fits[0])[0] == "compute.checkpoint_blocks=all" and fits[0].compute.offload
+    with pytest.raises(RlhfImgError, match="no batch is small enough"):
+        check_memory(config, torch.device("cpu"), 2**22)
+
+
+def test_the_published_sizes_are_known_without_a_file() -> None:
+    sizes = sizes_of("krea-2")
+    parts = {name: sum(p.numel() for p in part.parameters()) / 1e9 for name, part in sizes.parts().items()}
+    assert parts == pytest.approx({"transformer": 12.8, "text_encoder": 4.44, "vae": 0.127}, rel=0.01)
+    assert sizes.grid(1024) == (64, 64)

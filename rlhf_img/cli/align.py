@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
+from rlhf_img.cli.needs import ALGORITHMS
 from rlhf_img.cli.processes import launch, started
 from rlhf_img.config import describe, from_mapping, load_yaml, merge, parse_overrides, to_mapping, versions
 from rlhf_img.errors import RlhfImgError
@@ -266,8 +267,10 @@ def _run(algorithm: str, given: dict[str, Any], out: Path | None, resume: bool, 
     """A run of an algorithm, which is a file of `training`, with the settings `given`, in the folder `out`."""
     from rich.console import Console
 
+    from rlhf_img.model.loading import default_device
     from rlhf_img.report import build
     from rlhf_img.training import distributed
+    from rlhf_img.training.estimate import check_memory
     from rlhf_img.training.loop import train
 
     if resume and out is None:
@@ -280,6 +283,8 @@ def _run(algorithm: str, given: dict[str, Any], out: Path | None, resume: bool, 
         console = Console(stderr=as_json, quiet=not first)
         with distributed.open_run(out, resume=resume) as run:
             config = _config(room.Config, run, given, resume)
+            if algorithm in ALGORITHMS and distributed.world() == 1:
+                check_memory(config, default_device())
             _, job = room.prepare(config)
             run.write_config({
                 "algorithm": algorithm, "command": shlex.join(["rlhf-img", *sys.argv[1:]]), "seed": config.seed,

@@ -93,7 +93,7 @@ def use_attention(transformer: Krea2Transformer2DModel, backend: str) -> None:
         diffusers_logging.set_verbosity(shown)
 
 
-def compile_blocks(transformer: Krea2Transformer2DModel, backend: str = "inductor") -> None:
+def compile_blocks(transformer: Krea2Transformer2DModel, backend: str | Callable[..., Any] = "inductor") -> None:
     """Compile the repeated block. All blocks share one graph, which the second length that it sees makes one for all
     lengths; further ones come with roles, gradients, and batches of one image."""
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _COMPILED_VARIANTS)

@@ -117,6 +117,11 @@ def from_pipeline(
     )
 
 
+def default_device() -> torch.device:
+    """CUDA where there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def fast_dtype() -> torch.dtype:
     """bfloat16 where the hardware multiplies it (CUDA, and CPUs with AVX-512 BF16 or AMX), else float32."""
     if torch.cuda.is_available():
@@ -137,7 +142,7 @@ def load(
     `offload` text encoder and autoencoder wait on the CPU.
     Raises RlhfImgError if there is no such model, it is not a Krea 2, or a file of it is missing or damaged.
     """
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = torch.device(device) if device else default_device()
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     file, at, parts = str(name).partition(".safetensors@")
     folder = local_folder(parts if at else name)

@@ -7,8 +7,10 @@ Not counted: rewards, the CUDA context (about 0.5 GB), what an allocator loses t
 """
 
 import dataclasses
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -195,14 +197,17 @@ def _conditioning(sizes: Sizes, prompts: int, text: int, dtype: torch.dtype) -> 
 
 
 def what_fits(
-    config: RunConfig, sizes: Sizes, limit: float, *, dtype: torch.dtype, size: int | None = None, text: int = 100
-) -> tuple[RunConfig, Estimate] | None:
+    config: RunConfig, sizes: Sizes, limit: float, *, dtype: torch.dtype, size: int | None = None, text: int = 100,
+    foreach: bool = True,
+) -> tuple[RunConfig, Estimate] | None:  # fmt: skip
     """The run with the fewest changes that needs at most `limit` bytes: offloading, then checkpointing of all blocks,
     then smaller batches; None if nothing helps."""
     for settings in _smaller(config):
-        found = estimate(settings, sizes, dtype=dtype, size=size, text=text)
+        found = estimate(settings, sizes, dtype=dtype, size=size, text=text, foreach=foreach)
         if found.peak <= limit:
             return settings, found
+        if sum(found.standing.values()) > limit:
+            return None
     return None
 
 
@@ -223,19 +228,39 @@ def algorithm_of(config: RunConfig) -> str:
     return type(config).__module__.rpartition(".")[2]
 
 
-def check_memory(config: RunConfig, limit: float, device: str) -> None:
-    """Raises RlhfImgError if a step needs more than `limit` bytes, with what would fit; before anything is loaded."""
+def memory_of(device: torch.device) -> float:
+    """Bytes that are free for a run: of the GPU, or of the machine as Linux reports them (elsewhere: all of it)."""
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    info = Path("/proc/meminfo")
+    if info.is_file():
+        return 1024.0 * int(info.read_text().split("MemAvailable:")[1].split()[0])
+    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+
+
+def check_memory(config: RunConfig, device: torch.device, limit: float | None = None) -> None:
+    """Raises RlhfImgError if a step needs more than `limit` bytes, by default what is free, with what would fit; before
+    anything is loaded.
+
+    A model whose weights take less than a hundredth of that is not looked at: counting takes seconds.
+    """
+    limit = limit if limit is not None else memory_of(device)
     sizes, dtype = sizes_of(config.model), run_dtype(config)
-    foreach = device == "cuda"
+    if sum(weight_bytes(part, dtype) for part in sizes.parts().values()) < limit / 100:
+        return
+    foreach = device.type == "cuda"
     needed = estimate(config, sizes, dtype=dtype, foreach=foreach).peak
     if needed <= limit:
         return
-    fits = what_fits(config, sizes, limit, dtype=dtype)
+    fits = what_fits(config, sizes, limit, dtype=dtype, foreach=foreach)
+    advice = (
+        f"{' '.join(changes(config, fits[0]))} needs {fits[1].peak / 2**30:.3g} GiB" if fits else
+        "no batch is small enough: take a larger device or a smaller model"
+    )  # fmt: skip
     raise RlhfImgError(
-        f"a step of this run needs about {needed / 2**30:.1f} GiB, and {device} has {limit / 2**30:.1f} GiB: "
-        + (f"{' '.join(changes(config, fits[0]))} needs {fits[1].peak / 2**30:.1f} GiB" if fits else
-           "no batch is small enough; take a larger device, more of them, or a smaller model or image")
-        + f". `rlhf-img doctor --algorithm {algorithm_of(config)} --model {config.model}` shows the parts"
+        f"a step of this run needs about {needed / 2**30:.3g} GiB, and {limit / 2**30:.3g} GiB of the {device.type} "
+        f"are free: {advice}. `rlhf-img doctor --algorithm {algorithm_of(config)} --model {config.model}` shows what "
+        "needs how much"
     )
 
 
