@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import PROMPTS, SIZE, save_tiny, tiny_model
+from diffusers import Krea2Transformer2DModel
+from tiny import PROMPTS, SIZE, save_tiny, tiny_model, tiny_pipeline
 from torch import Tensor
 
 from rlhf_img.algorithms import grpo
@@ -164,3 +165,48 @@ def test_files_that_are_cut_short_or_missing_are_named(tmp_path: Path) -> None:
     index.write_text('{"weight_map": {"img_in.weight": "part-1.safetensors"}}')
     with pytest.raises(RlhfImgError, match="part-1.safetensors cannot be read: No such file"):
         load(folder)
+
+
+LOADING = """
+import sys, threading, time, torch
+from pathlib import Path
+from rlhf_img.model.loading import load
+
+def anonymous():
+    return 1024 * int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0])
+
+load("playground", device="cpu")  # what libraries need for themselves
+before = peak = anonymous()
+done = threading.Event()
+
+def watch():
+    global peak
+    while not done.is_set():
+        peak = max(peak, anonymous())
+        time.sleep(0.002)
+
+thread = threading.Thread(target=watch)
+thread.start()
+model = load(sys.argv[1], device="cpu", dtype=torch.bfloat16)
+done.set()
+thread.join()
+print(peak - before, sum(p.nbytes for p in model.transformer.parameters()))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="reads Linux's account of memory")
+@pytest.mark.parametrize("official", [False, True], ids=["folder", "single file"])
+def test_loading_holds_each_weight_once(official: bool, tmp_path: Path) -> None:
+    pipeline = tiny_pipeline()
+    config = {**pipeline.transformer.config, "num_layers": 60, "intermediate_size": 2048}
+    pipeline.transformer = Krea2Transformer2DModel.from_config(config)
+    pipeline.save_pretrained(tmp_path / "model")  # float32: twice what is loaded
+    name = str(tmp_path / "model")
+    if official:
+        file = save_checkpoint(pipeline.transformer, tmp_path / "raw.safetensors", torch.float32)
+        name = f"{file}@{name}"
+    done = subprocess.run([sys.executable, "-c", LOADING, name], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    grown, weights = map(int, done.stdout.split())
+    assert weights > 80 * 2**20
+    assert grown < 1.25 * weights
