@@ -102,6 +102,8 @@ def both(bench: Bench, run: Callable[[RandomText], object], *rooms: Any, repeats
         with stock_forward(bench.model.transformer, *rooms):
             run(theirs)
 
+    run(ours)
+    stock()
     return in_turn({"ours": lambda: run(ours), "stock": stock}, repeats, bench.model.device)
 
 

@@ -21,14 +21,13 @@ from rlhf_img.model.loading import Model
 
 
 def in_turn(paths: Mapping[str, Callable[[], object]], repeats: int, device: torch.device) -> dict[str, float]:
-    """Median seconds of each, run in turn after one warm-up each, so that what else the machine does hits all alike."""
+    """Median seconds of each, run in turn, so that what else the machine does hits all alike; warm them up before."""
     times: dict[str, list[float]] = {name: [] for name in paths}
-    for i in range(repeats + 1):
+    for _ in range(repeats):
         for name, run in paths.items():
             start = now(device)
             run()
-            if i:
-                times[name].append(now(device) - start)
+            times[name].append(now(device) - start)
     return {name: statistics.median(found) for name, found in times.items()}
 
 
