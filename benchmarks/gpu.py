@@ -246,6 +246,7 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=[1024, 512], help="sides in pixels")
     parser.add_argument("--images", type=int, default=4, help="in a rollout's forward")
     parser.add_argument("--minutes", type=float, default=9.5, help="for everything")
+    parser.add_argument("--patience", type=float, default=1.0, help="so many times the time limit of each part")
     parser.add_argument("--json", type=Path, required=True, help="where the figures go, after every part")
     options = parser.parse_args()
     began = time.monotonic()
@@ -263,7 +264,7 @@ def main() -> None:
             bench = Bench(model, sizes, policy, critic, rate, options.images)
             left = options.minutes * 60 - (time.monotonic() - began)
             try:
-                with at_most(min(limit, left)):
+                with at_most(min(limit * options.patience, left)):
                     row: dict[str, object] = {"part": name, "px": size, **measure(bench)}
             except (TimeoutError, RuntimeError) as error:  # a part that fails must not take the others with it
                 row = {"part": name, "px": size, "failed": f"{type(error).__name__}: {str(error).splitlines()[0]}"}

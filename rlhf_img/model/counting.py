@@ -124,7 +124,8 @@ def count_passes(
     # Blocks are alike, so that one and two of them tell of any number; to a peak each adds what it keeps.
     infer = [two + (total - 2) * (two - one) for one, two in zip(*counts("infer"), strict=True)]
     shared, peaks, kept, flop = [], [], 0.0, 0.0
-    for kind, blocks in (("repeated", repeated), ("plain", total - repeated)):
+    shares: tuple[tuple[_Kind, int], ...] = (("repeated", repeated), ("plain", total - repeated))
+    for kind, blocks in shares:
         if blocks:
             one, two = counts(kind)
             shared = [2 * a - b for a, b in zip(one, two, strict=True)]
