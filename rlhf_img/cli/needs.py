@@ -38,9 +38,9 @@ def needs(
     elsewhere = memory is not None and config.dtype == "auto"
     dtype = torch.bfloat16 if elsewhere else run_dtype(config)
     limit = memory * _GIB if memory is not None else memory_of(device)
-    foreach = memory is not None or device.type == "cuda"
+    gpu = memory is not None or device.type == "cuda"
     sizes = sizes_of(config.model)
-    found = estimate(config, sizes, dtype=dtype, size=size, text=text, foreach=foreach)
+    found = estimate(config, sizes, dtype=dtype, size=size, text=text, gpu=gpu)
     result: dict[str, Any] = {
         "device": f"{memory:g} GiB" if memory is not None else f"{device.type}, {limit / _GIB:.3g} GiB",
         "dtype": str(dtype).removeprefix("torch."), "size_px": size or sizes.default_size,
@@ -50,7 +50,7 @@ def needs(
         "tflop": {name: value / 1e12 for name, value in found.flop.items()},
     }  # fmt: skip
     if not result["fits"]:
-        smaller = what_fits(config, sizes, limit, dtype=dtype, size=size, text=text, foreach=foreach)
+        smaller = what_fits(config, sizes, limit, dtype=dtype, size=size, text=text, gpu=gpu)
         result["would_fit"] = "nothing"
         if smaller:
             result["would_fit"] = f"{' '.join(changes(config, smaller[0]))}: {smaller[1].peak / _GIB:.3g} GiB"

@@ -136,18 +136,19 @@ def _grpo(config: grpo.Config) -> Plan:
 
 def estimate(
     config: RunConfig, sizes: Sizes, *, dtype: torch.dtype, size: int | None = None, text: int = 100,
-    foreach: bool = True,
+    gpu: bool = True,
 ) -> Estimate:  # fmt: skip
     """What a step of this run needs at `size` pixels, with prompts of `text` tokens and a base of `dtype`.
 
-    `foreach`: whether AdamW works on all weights at once, as it does on CUDA and not on a CPU.
+    On a GPU AdamW works on all weights at once, and what is offloaded is elsewhere.
     """
     plan, size = plan_of(config), size or sizes.default_size
     grid, lora = sizes.grid(size), None if config.full else config.lora
     weights = {name: float(weight_bytes(part, dtype)) for name, part in sizes.parts().items()}
     trained = plan.roles * _trained_bytes(sizes, lora, dtype)
     gradients = plan.gradients * trained
-    standing = {"transformer": weights["transformer"]} if config.compute.offload else dict(weights)
+    away = gpu and config.compute.offload
+    standing = {"transformer": weights["transformer"]} if away else dict(weights)
     if lora:
         standing["adapters and averages"] = trained * (2 + plan.started / plan.roles)
     else:
@@ -157,7 +158,7 @@ def estimate(
 
     # Gradients stay from one step to the next, and a single way back makes them as activations go.
     found, flop = {}, {}
-    phases = {"optimiser": gradients + (trained / plan.roles if foreach else 0.0)}
+    phases = {"optimiser": gradients + (trained / plan.roles if gpu else 0.0)}
     for work in plan.works:
         batch = Batch(images=work.at_once, grid=grid, text=text)
         passes = found[work.phase] = count_passes(
@@ -174,7 +175,7 @@ def estimate(
         some = min(at_once(size, size), plan.decoded)
         peak, once = count_decode(as_text(sizes.vae), dtype, some, size)
         phases["decoding"], flop["decoding"] = gradients + peak, once * plan.decoded / some
-    if config.compute.offload:
+    if away:
         for name, part in (("conditioning", "text_encoder"), ("decoding", "vae")):
             phases[name] = phases.get(name, 0.0) + weights[part]
     return Estimate(standing=standing, phases=phases, flop=flop)
@@ -198,12 +199,12 @@ def _conditioning(sizes: Sizes, prompts: int, text: int, dtype: torch.dtype) -> 
 
 def what_fits(
     config: RunConfig, sizes: Sizes, limit: float, *, dtype: torch.dtype, size: int | None = None, text: int = 100,
-    foreach: bool = True,
+    gpu: bool = True,
 ) -> tuple[RunConfig, Estimate] | None:  # fmt: skip
     """The run with the fewest changes that needs at most `limit` bytes: offloading, then checkpointing of all blocks,
     then smaller batches; None if nothing helps."""
-    for settings in _smaller(config):
-        found = estimate(settings, sizes, dtype=dtype, size=size, text=text, foreach=foreach)
+    for settings in _smaller(config, gpu):
+        found = estimate(settings, sizes, dtype=dtype, size=size, text=text, gpu=gpu)
         if found.peak <= limit:
             return settings, found
         if sum(found.standing.values()) > limit:
@@ -211,8 +212,8 @@ def what_fits(
     return None
 
 
-def _smaller(config: RunConfig) -> Iterator[RunConfig]:
-    compute = dataclasses.replace(config.compute, offload=True)
+def _smaller(config: RunConfig, gpu: bool) -> Iterator[RunConfig]:
+    compute = dataclasses.replace(config.compute, offload=gpu or config.compute.offload)
     yield (config := dataclasses.replace(config, compute=compute))
     yield (config := dataclasses.replace(config, compute=dataclasses.replace(compute, checkpoint_blocks="all")))
     name = algorithm_of(config)
@@ -248,11 +249,11 @@ def check_memory(config: RunConfig, device: torch.device, limit: float | None = 
     sizes, dtype = sizes_of(config.model), run_dtype(config)
     if sum(weight_bytes(part, dtype) for part in sizes.parts().values()) < limit / 100:
         return
-    foreach = device.type == "cuda"
-    needed = estimate(config, sizes, dtype=dtype, foreach=foreach).peak
+    gpu = device.type == "cuda"
+    needed = estimate(config, sizes, dtype=dtype, gpu=gpu).peak
     if needed <= limit:
         return
-    fits = what_fits(config, sizes, limit, dtype=dtype, foreach=foreach)
+    fits = what_fits(config, sizes, limit, dtype=dtype, gpu=gpu)
     advice = (
         f"{' '.join(changes(config, fits[0]))} needs {fits[1].peak / 2**30:.3g} GiB" if fits else
         "no batch is small enough: take a larger device or a smaller model"
