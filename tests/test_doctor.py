@@ -102,3 +102,16 @@ def test_it_does_not_load_torch_where_there_is_no_gpu(args):
         f"assert CliRunner().invoke(app, {args}).exit_code == 0; sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_what_a_run_would_need() -> None:
+    words = ("--algorithm", "sft", "--memory", "1", "--rate", "2", "--text-tokens", "12", "--json")
+    found = json.loads(call(*words, "sft.images=2", "sft.draws=1").stdout)["a step of sft"]
+    assert found["fits"] and found["dtype"] == "bfloat16" and found["size_px"] == 64
+    assert found["peak_gib"] == sum(found["standing_gib"].values()) + max(found["beside_it_gib"].values())
+    assert found["seconds_in_all"] == pytest.approx(sum(found["tflop"].values()) / 2)
+    small = json.loads(call(*words, "--memory", "0.02", "sft.images=8").stdout)["a step of sft"]
+    assert not small["fits"] and "compute.offload=true" in small["would_fit"]
+    assert "did you mean" in str(call("--algorithm", "grop").exception)
+    assert "unknown key" in str(call("--algorithm", "grpo", "grpo.groups=3").exception)
+    assert "--algorithm" in str(call("lr=3").exception)

@@ -197,7 +197,7 @@ def rollout(
     repeat = [i // config.group * config.group if steps and steps.shared_noise else i for i in images]
     noise_BNC = initial_noise(model, [seed + i for i in repeat], model.default_size, model.default_size)
     texts = [text for text in conditioner.encode([prompts[i] for i in places]) for _ in range(config.group)]
-    per_batch = max(1, config.batch_size // config.group) * config.group
+    per_batch = images_at_once(config)
     draws = [] if steps else _levels_and_noise(config, (len(prompts), *noise_BNC.shape[1:]), generator)
     generator.manual_seed(seed + images[0])  # what follows differs between processes
     batches, old = [], config.averaged or config.updates > 1
@@ -211,6 +211,11 @@ def rollout(
             sampled(batches[-1])
     (empty_LD,) = conditioner.encode([""])
     return Rollout(batches=batches, grid=grid, empty_LD=empty_LD, sigma_max=float(levels[1]))
+
+
+def images_at_once(config: RolloutConfig) -> int:
+    """Images of one prompt length that share a forward, at most: whole groups where they fit."""
+    return config.batch_size // config.group * config.group or config.batch_size
 
 
 def _window(config: StepsConfig, generator: torch.Generator) -> range:

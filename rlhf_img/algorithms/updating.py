@@ -82,7 +82,8 @@ def optimise(
     means: dict[str, float] = {}
     optimizer.zero_grad(set_to_none=True)
     for loss_B, metrics in losses(part):
-        (loss_B.sum() / count).backward()
+        with policy.acting():  # checkpointing repeats the forward
+            (loss_B.sum() / count).backward()
         for name, value in metrics.items():
             means[name] = means.get(name, 0.0) + float(value.sum()) / count
     average_gradients(list(policy.parameters.values()))

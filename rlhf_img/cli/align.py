@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
+from rlhf_img.cli.needs import ALGORITHMS
 from rlhf_img.cli.processes import launch, started
 from rlhf_img.config import describe, from_mapping, load_yaml, merge, parse_overrides, to_mapping, versions
 from rlhf_img.errors import RlhfImgError, RunStopped
@@ -304,8 +305,10 @@ def _run(
     """
     from rich.console import Console
 
+    from rlhf_img.model.loading import default_device
     from rlhf_img.report import build
     from rlhf_img.training import distributed
+    from rlhf_img.training.estimate import check_memory
     from rlhf_img.training.loop import train
     from rlhf_img.training.pool.run import with_own_pool
 
@@ -321,6 +324,8 @@ def _run(
         console = Console(stderr=as_json, quiet=not first)
         with distributed.open_run(out, resume=resume) as run:
             config = _config(room.Config, run, given, resume)
+            if algorithm in ALGORITHMS and distributed.world() == 1:
+                check_memory(config, default_device())
             _, job = room.prepare(with_own_pool(config, run))
             run.write_config({
                 "algorithm": algorithm, "command": shlex.join(["rlhf-img", *sys.argv[1:]]), "seed": config.seed,

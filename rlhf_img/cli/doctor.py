@@ -1,4 +1,4 @@
-"""`rlhf-img doctor`: what this machine can do, and how good and how fast a judge is."""
+"""`rlhf-img doctor`: what this machine can do, what a run would need, and how good and how fast a judge is."""
 
 import dataclasses
 import importlib.util
@@ -28,20 +28,50 @@ VOTES = 8
 
 
 def doctor(
+    settings: Annotated[
+        list[str] | None, typer.Argument(metavar="[key=value ...]", help="Settings of the run, with --algorithm.")
+    ] = None,
+    algorithm: Annotated[
+        str | None, typer.Option(metavar="A", help="Predict memory and time of a step of grpo, dpo, tdm or sft.")
+    ] = None,
+    model: Annotated[
+        str, typer.Option(help='Of the run: as for training, or "krea-2", the published sizes without files.')
+    ] = "playground",
+    size: Annotated[int | None, typer.Option(help="Side of an image in pixels [default: the model's].")] = None,
+    text_tokens: Annotated[int, typer.Option(min=1, help="Length of a prompt, with five for the template.")] = 64,
+    memory: Annotated[
+        float | None, typer.Option(help="GiB of the device that is planned for, in bfloat16 [default: this one's].")
+    ] = None,
+    rate: Annotated[
+        float | None, typer.Option(help="TFLOP a second that it reaches [default: blocks are timed here].")
+    ] = None,
     judge_url: options.Url = None,
     judge_model: options.Model = None,
     judge_key_env: options.KeyEnv = None,
     images: Annotated[int, typer.Option(help="How many rendered images the judge is asked about.", min=1)] = 32,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Say what this machine can do and, with a judge, measure it: speed, noise, and agreement with the exact checks.
+    """Say what this machine can do; with --algorithm, what a step of a run would need, before anything is loaded; and
+    with a judge, measure it: speed, noise, and agreement with the exact checks.
 
-    Example: rlhf-img doctor --judge-url http://localhost:8000/v1
+    Examples:
+
+        rlhf-img doctor --algorithm grpo
+
+        rlhf-img doctor --algorithm tdm --model krea-2 --memory 80 --rate 600 tdm.batch_size=4
+
+        rlhf-img doctor --judge-url http://localhost:8000/v1
     """
     found = {"machine": _machine()}
-    model = options.model_of(judge_model, judge_url, judge_key_env)
-    if model is not None:
-        found["judge"] = _judge(model, judge_url, judge_key_env, images)
+    if algorithm is not None:
+        from rlhf_img.cli.needs import needs
+
+        found[f"a step of {algorithm}"] = needs(algorithm, model, settings or [], size, text_tokens, memory, rate)
+    elif settings:
+        raise RlhfImgError(f"{settings[0]}: settings are of a run, so say of which: --algorithm grpo, dpo, tdm or sft")
+    judged = options.model_of(judge_model, judge_url, judge_key_env)
+    if judged is not None:
+        found["judge"] = _judge(judged, judge_url, judge_key_env, images)
     if as_json:
         typer.echo(json.dumps(found, indent=2))
         return

@@ -13,6 +13,8 @@ from rlhf_img.model.loading import Model
 
 MAX_TOKENS = 512
 """Prompt and suffix tokens at most, as in the stock pipeline; a longer prompt is cut there."""
+BATCH_SIZE = 64
+"""Prompts that are encoded together, at most."""
 
 
 class Conditioner:
@@ -23,7 +25,7 @@ class Conditioner:
     features are kept; while they are trained, the encoder's states are, and every call fuses them with gradients.
     """
 
-    def __init__(self, model: Model, *, cache_bytes: int = 256 * 2**20, batch_size: int = 64) -> None:
+    def __init__(self, model: Model, *, cache_bytes: int = 256 * 2**20, batch_size: int = BATCH_SIZE) -> None:
         stock: Krea2Pipeline = model.pipeline()
         self._model = model
         self._prefix: str = stock.prompt_template_encode_prefix
@@ -81,9 +83,10 @@ class Conditioner:
     def _features(self, ids: list[list[int]], *, fused: bool) -> Tensor:
         """Tapped states (B, L, T, E), or fused features (B, L, D), of token lists of one length."""
         encoder = self._model.text_encoder
-        tokens = torch.tensor(ids, device=encoder.device)
-        positions = torch.arange(tokens.shape[1], device=encoder.device).expand(3, *tokens.shape)
-        states = encoder(input_ids=tokens, position_ids=positions, output_hidden_states=True).hidden_states
+        with self._model.present(encoder):
+            tokens = torch.tensor(ids, device=encoder.device)
+            positions = torch.arange(tokens.shape[1], device=encoder.device).expand(3, *tokens.shape)
+            states = encoder(input_ids=tokens, position_ids=positions, output_hidden_states=True).hidden_states
         hidden = torch.stack([states[i][:, self._drop :] for i in self._model.text_layers], dim=2)
         hidden = hidden.to(self._model.device)
         return fuse_text(self._model.transformer, hidden) if fused else hidden

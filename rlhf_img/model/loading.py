@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -17,11 +17,14 @@ from diffusers import (
 )
 from diffusers.utils import logging as diffusers_logging
 from safetensors import SafetensorError
+from torch import nn
 from transformers import PreTrainedTokenizerBase, Qwen3VLModel
 from transformers.utils import logging as transformers_logging
 
 from rlhf_img.errors import RlhfImgError
+from rlhf_img.model.files import check_folder
 from rlhf_img.model.forward import use_native_gqa
+from rlhf_img.model.official import load_checkpoint
 
 PLAYGROUND = "playground"
 SETTINGS_FILE = "rlhf_img.json"
@@ -47,6 +50,20 @@ class Model:
     """Height and width, in pixels, when nothing else is said."""
     source: str
     """What `load` was given."""
+    offload: bool = False
+    """Whether text encoder and autoencoder wait on the CPU, see `present`."""
+
+    @contextmanager
+    def present(self, module: nn.Module) -> Iterator[None]:
+        """Inside, `module` (the text encoder or the autoencoder) is where the transformer is."""
+        if not self.offload:
+            yield
+            return
+        module.to(self.device)
+        try:
+            yield
+        finally:
+            module.to("cpu")
 
     @property
     def device(self) -> torch.device:
@@ -78,7 +95,9 @@ class Model:
         )
 
 
-def from_pipeline(pipeline: Krea2Pipeline, *, source: str = "memory", default_size: int = 1024) -> Model:
+def from_pipeline(
+    pipeline: Krea2Pipeline, *, source: str = "memory", default_size: int = 1024, offload: bool = False
+) -> Model:
     """A Model over the modules of a stock pipeline, which are frozen and set to eval mode in place."""
     for module in (pipeline.transformer, pipeline.vae, pipeline.text_encoder):
         module.eval().requires_grad_(False)
@@ -94,7 +113,13 @@ def from_pipeline(pipeline: Krea2Pipeline, *, source: str = "memory", default_si
         is_distilled=pipeline.config.is_distilled,
         default_size=default_size,
         source=source,
+        offload=offload,
     )
+
+
+def default_device() -> torch.device:
+    """CUDA where there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def fast_dtype() -> torch.dtype:
@@ -105,18 +130,37 @@ def fast_dtype() -> torch.dtype:
     return torch.bfloat16 if able.get("avx512_bf16") or able.get("amx_bf16") else torch.float32
 
 
-def load(name: str | Path, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Model:
-    """The model called `name`: "playground", a local diffusers folder, or a hub id such as "krea/Krea-2-Raw".
+def load(
+    name: str | Path, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None,
+    offload: bool = False,
+) -> Model:  # fmt: skip
+    """The model called `name`: "playground", a local diffusers folder, a hub id such as "krea/Krea-2-Raw", or
+    "FILE.safetensors@MODEL": a transformer in the layout of krea-ai/krea-2 with the other parts of MODEL, one of these.
 
     `device` defaults to CUDA where there is one, else the CPU; `dtype` (of the frozen base) to bfloat16 on CUDA and
-    float32 elsewhere. Raises RlhfImgError if there is no such model or it is not a Krea 2.
+    float32 elsewhere. Each weight goes from its file to the device in its dtype, without a second copy in memory; with
+    `offload` text encoder and autoencoder wait on the CPU.
+    Raises RlhfImgError if there is no such model, it is not a Krea 2, or a file of it is missing or damaged.
     """
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = torch.device(device) if device else default_device()
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-    folder = _local_folder(name)
+    file, at, parts = str(name).partition(".safetensors@")
+    folder = local_folder(parts if at else name)
+    if folder is not None:
+        check_folder(folder)
+    source = str(folder or parts or name)
+    given = {}
     try:
-        with _without_progress_bars():
-            pipeline = Krea2Pipeline.from_pretrained(str(folder or name), dtype=dtype)
+        here = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+        with without_progress_bars(), here:
+            if at:
+                given["transformer"] = _from_checkpoint(Path(f"{file}.safetensors"), source, device, dtype)
+            if offload:
+                waiting = Krea2Pipeline.from_pretrained(
+                    source, dtype=dtype, device_map="cpu", transformer=None, tokenizer=None, scheduler=None
+                )
+                given |= {"text_encoder": waiting.text_encoder, "vae": waiting.vae}
+            pipeline = Krea2Pipeline.from_pretrained(source, dtype=dtype, device_map=device.type, **given)
     except (OSError, ValueError, SafetensorError) as error:
         advice = (
             "check that the folder is complete, or save it again"
@@ -124,11 +168,21 @@ def load(name: str | Path, *, device: torch.device | str | None = None, dtype: t
             else "check the id, your connection and, for a gated model, that you accepted its licence and are logged in"
         )
         raise RlhfImgError(f'could not load the model "{name}": {_first_line(error)}; {advice}') from error
-    return from_pipeline(pipeline.to(device), source=str(name), default_size=_default_size(folder))
+    return from_pipeline(pipeline, source=str(name), default_size=default_size(folder), offload=offload)
+
+
+def _from_checkpoint(
+    file: Path, parts: str, device: torch.device, dtype: torch.dtype
+) -> Krea2Transformer2DModel:
+    config = Krea2Transformer2DModel.load_config(parts, subfolder="transformer")
+    with torch.device("meta"):
+        transformer = Krea2Transformer2DModel.from_config(config)
+    load_checkpoint(transformer, file, device, dtype)
+    return transformer
 
 
 @contextmanager
-def _without_progress_bars() -> Iterator[None]:
+def without_progress_bars() -> Iterator[None]:
     """The libraries' bars for files that load in a second; downloads from a hub keep theirs."""
     shown = [room for room in (diffusers_logging, transformers_logging) if room.is_progress_bar_enabled()]
     for room in shown:
@@ -140,7 +194,7 @@ def _without_progress_bars() -> Iterator[None]:
             room.enable_progress_bar()
 
 
-def _local_folder(name: str | Path) -> Path | None:
+def local_folder(name: str | Path) -> Path | None:
     """The checked diffusers folder of `name`, or None if it is a hub id."""
     if name == PLAYGROUND:
         folder = Path(str(resources.files("rlhf_img"))) / "playground" / "weights"
@@ -166,7 +220,7 @@ def _local_folder(name: str | Path) -> Path | None:
     return folder
 
 
-def _default_size(folder: Path | None) -> int:
+def default_size(folder: Path | None) -> int:
     if folder is None or not (folder / SETTINGS_FILE).is_file():
         return 64 if folder is not None and folder.parent.name == PLAYGROUND else 1024
     size = _read_json(folder / SETTINGS_FILE).get("default_size")

@@ -11,12 +11,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from accelerate.utils import set_module_tensor_to_device
 from diffusers import Krea2Transformer2DModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rlhf_img.errors import RlhfImgError, did_you_mean
+from rlhf_img.model.files import check_file, weight_dtype
 
 _STACKS = {
     "transformer_blocks": "blocks",
@@ -97,13 +99,24 @@ def save_checkpoint(transformer: Krea2Transformer2DModel, file: Path, dtype: tor
     return write_safetensors(state, file)
 
 
-def load_checkpoint(transformer: Krea2Transformer2DModel, file: Path) -> None:
-    """Read an official checkpoint into `transformer`, in its dtype. Raises RlhfImgError if it does not fit."""
+def load_checkpoint(
+    transformer: Krea2Transformer2DModel, file: Path, device: torch.device | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:  # fmt: skip
+    """Read an official checkpoint into `transformer`, weight by weight, so that memory never holds it twice.
+
+    With `device` and `dtype` the transformer may be on the meta device; norms stay float32, as diffusers loads them.
+    Raises RlhfImgError if the file is missing, damaged or does not fit.
+    """
+    check_file(file)
     try:
-        state = load_file(file)
+        state = load_file(file)  # mapped, not read
     except (OSError, SafetensorError) as error:
         raise RlhfImgError(f"{file} is no readable safetensors file: {error}") from error
-    transformer.load_state_dict(from_official(state, transformer.state_dict()))
+    like = transformer.state_dict()
+    for name, value in from_official(state, like).items():
+        wanted = dtype and weight_dtype(transformer, name, dtype)
+        set_module_tensor_to_device(transformer, name, device or like[name].device, value, wanted or like[name].dtype)
 
 
 def write_safetensors(state: dict[str, Tensor], file: Path, metadata: dict[str, str] | None = None) -> Path:

@@ -30,6 +30,11 @@ def unpack(x_BND: Float[Tensor, "B N D"], grid: tuple[int, int], patch_size: int
     return patches.reshape(B, D // (p * p), h * p, w * p)
 
 
+def at_once(height: int, width: int) -> int:
+    """Images that go through the autoencoder together: 64 up to 181 px, 2 at 1024 px."""
+    return max(1, min(64, 2**21 // (height * width)))
+
+
 def _last_tap(conv: QwenImageCausalConv3d, x: Tensor, cache_x: Tensor | None = None) -> Tensor:
     """A causal 3-d convolution of one frame: every temporal tap but the last falls on the zeros before it."""
     if x.shape[2] != 1 or cache_x is not None:
@@ -63,37 +68,39 @@ def _statistics(vae: AutoencoderKLQwenImage) -> tuple[Tensor, Tensor]:
 
 
 def decode(
-    model: Model, latents_BNC: Float[Tensor, "B N C"], height: int, width: int, *, batch_size: int = 64
+    model: Model, latents_BNC: Float[Tensor, "B N C"], height: int, width: int, *, batch_size: int | None = None
 ) -> Float[Tensor, "B 3 H W"]:
     """Images, float32 RGB in [0, 1], of packed normalised latents.
 
     `height` and `width` are in pixels, multiples of the model's token size; `batch_size` bounds the memory, not the
-    result. Differentiable where gradients are on.
+    result, and is `at_once` by default. Differentiable where gradients are on.
     """
     vae, grid = model.vae, model.grid(height, width)
-    mean, std = _statistics(vae)
+    batch_size = batch_size or at_once(height, width)
 
     def one(latents: Tensor) -> Tensor:
+        mean, std = _statistics(vae)
         z = unpack(latents, grid, model.patch_size).to(mean) * std + mean
         # Without the stock decode's feature cache, which would only keep a copy of every activation for a next frame.
         frame = vae.decoder(vae.post_quant_conv(z[:, :, None]))[:, :, 0]
         return (frame.float() / 2 + 0.5).clamp(0, 1)
 
-    with single_frame(vae):
+    with model.present(vae), single_frame(vae):
         return torch.cat([one(part) for part in torch.split(latents_BNC, batch_size)])
 
 
-def encode(model: Model, images: Float[Tensor, "B 3 H W"], *, batch_size: int = 64) -> Float[Tensor, "B N C"]:
+def encode(model: Model, images: Float[Tensor, "B 3 H W"], *, batch_size: int | None = None) -> Float[Tensor, "B N C"]:
     """Packed normalised float32 latents (the posterior's mean) of float RGB images in [0, 1]."""
-    vae = model.vae
-    model.grid(images.shape[-2], images.shape[-1])
-    mean, std = _statistics(vae)
+    vae, (height, width) = model.vae, images.shape[-2:]
+    model.grid(height, width)
+    batch_size = batch_size or at_once(height, width)
 
     def one(part: Tensor) -> Tensor:
+        mean, std = _statistics(vae)
         moments = vae.quant_conv(vae.encoder((part.to(mean) * 2 - 1)[:, :, None]))[:, :, 0]
         return pack((moments.chunk(2, dim=1)[0] - mean) / std, model.patch_size).float()
 
-    with single_frame(vae):
+    with model.present(vae), single_frame(vae):
         return torch.cat([one(part) for part in torch.split(images, batch_size)])
 
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from rlhf_img.errors import RlhfImgError
+from rlhf_img.model.compute import ComputeConfig
 from rlhf_img.model.policy import LoRAConfig
 from rlhf_img.training.evaluate import EvalConfig
 from rlhf_img.training.watch import SentinelConfig
@@ -44,6 +45,7 @@ class RunConfig:
     tracker: str = "tensorboard"
     """A tracker of accelerate ("tensorboard", "wandb", ...) or "none". metrics.jsonl is written in any case."""
     lora: LoRAConfig = field(default_factory=LoRAConfig)
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     sentinels: SentinelConfig = field(default_factory=SentinelConfig)
 

@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from torch import Tensor
 
 from rlhf_img.errors import RlhfImgError
+from rlhf_img.model.compute import apply_compute
 from rlhf_img.model.conditioning import Conditioner
 from rlhf_img.model.export import save_lora, save_weights
 from rlhf_img.model.loading import PLAYGROUND, Model, fast_dtype, load
@@ -83,8 +84,14 @@ def open_model(config: RunConfig) -> Model:
     """
     check_name(config.tracker)
     device = "cpu" if config.shard and distributed.world() > 1 else None
-    dtype = fast_dtype() if config.dtype == "auto" else getattr(torch, config.dtype)
-    return load(config.model, device=device, dtype=dtype)
+    model = load(config.model, device=device, dtype=run_dtype(config), offload=config.compute.offload)
+    apply_compute(model.transformer, config.compute)
+    return model
+
+
+def run_dtype(config: RunConfig) -> torch.dtype:
+    """The dtype of the frozen base."""
+    return fast_dtype() if config.dtype == "auto" else getattr(torch, config.dtype)
 
 
 def train(job: Job, run: RunDir, console: Console) -> dict[str, Any]:
