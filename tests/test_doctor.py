@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 from rlhf_img.cli import doctor
 from rlhf_img.cli.main import app
 from rlhf_img.errors import RlhfImgError
-from rlhf_img.judges.openai import _data_uri
 from rlhf_img.judges.protocol import QUESTION
+from rlhf_img.judges.requests import png_base64
 
 
 def call(*args):
@@ -43,7 +43,7 @@ def test_the_machine():
 
 def test_a_judge_that_knows_the_truth_agrees_and_has_no_noise():
     put = QUESTION.format
-    truth = {(_data_uri(ask.image), put(question=ask.question)): right for ask, right in doctor._questions(12)}
+    truth = {(f"data:image/png;base64,{png_base64(ask.image)}", put(question=ask.question)): right for ask, right in doctor._questions(12)}
 
     def reply(handler, body, n):
         yes = 0.9 if truth[about(body)] else 0.1
