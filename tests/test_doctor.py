@@ -42,8 +42,10 @@ def test_the_machine():
 
 
 def test_a_judge_that_knows_the_truth_agrees_and_has_no_noise():
-    put = QUESTION.format
-    truth = {(f"data:image/png;base64,{png_base64(ask.image)}", put(question=ask.question)): right for ask, right in doctor._questions(12)}
+    truth = {
+        (f"data:image/png;base64,{png_base64(ask.image)}", QUESTION.format(question=ask.question)): right
+        for ask, right in doctor._questions(12)
+    }
 
     def reply(handler, body, n):
         yes = 0.9 if truth[about(body)] else 0.1
