@@ -37,7 +37,7 @@ def about(body):
 def test_the_machine():
     found = json.loads(call("--json").stdout)
     assert set(found) == {"machine"} and found["machine"]["cores"] >= 1 and found["machine"]["memory_gib"] > 0.1
-    assert found["machine"]["extras"] == dict.fromkeys(("ocr", "judge", "annotate", "pool", "postgres", "vlm"), True)
+    assert found["machine"]["extras"] == dict.fromkeys(doctor.EXTRAS, True)
     assert "memory gib" in call().stdout
 
 

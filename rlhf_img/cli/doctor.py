@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from rlhf_img.judges import Ask, Judge
 
 EXTRAS = {"ocr": ("rapidocr", "onnxruntime"), "judge": ("httpx", "tenacity"), "annotate": ("starlette", "uvicorn"),
-          "pool": ("datasketch", "sklearn"), "postgres": ("psycopg",), "vlm": ("datasets", "trl")}
+          "pool": ("datasketch", "sklearn"), "postgres": ("psycopg",),
+          "remote": ("httpx", "starlette", "tenacity", "uvicorn"), "vlm": ("datasets", "trl")}
 REPEATED, REPEATS = 8, 5
 """How many questions are asked how often to see the judge's noise."""
 VOTES = 8
