@@ -160,10 +160,16 @@ def left(out: Path) -> dict[str, object]:
 
 
 def _weights(path: Path) -> tuple[object, bytes]:
-    """Header and bytes of a safetensors file, whose header says the same in an order that changes from time to time."""
+    """Header and bytes of a safetensors file, whose header says the same in an order that changes from time to time.
+
+    Without the name that a run gives itself in a prompt pool's state.
+    """
     content = path.read_bytes()
     end = 8 + int.from_bytes(content[:8], "little")
-    return json.loads(content[8:end]), content[end:]
+    header = json.loads(content[8:end])
+    if state := header.get("__metadata__", {}).pop("state", None):
+        header["state"] = {key: value for key, value in json.loads(state).items() if key != "run"}
+    return header, content[end:]
 
 
 def differences(one: dict[str, object], other: dict[str, object]) -> list[str]:
