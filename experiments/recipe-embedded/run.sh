@@ -29,8 +29,8 @@ for variant in striped warm ring; do
 done
 
 # Pairs go on by themselves, and files that are there stay.
-$rlhf pairs make --out "$out/pairs" --prompts "$out/train.txt" --count "${PAIRS:-896}" --group 8 --pairs 2 \
-  --setting steps=8 --min-margin 0.1
+$rlhf pairs make --out "$out/pairs" --prompts "$out/train.txt" --count "${PAIRS:-1792}" --group 3 \
+  --strong steps=8,guidance=1 --weak steps=8 --min-margin 0.25
 
 for seed in ${SEEDS:-0}; do
   at="$out/seed-$seed"
