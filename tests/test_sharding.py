@@ -112,13 +112,17 @@ def values(policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, Tensor
     return found
 
 
-def saves(out: Path, step: int = 1, resume: bool = False) -> dict[str, Tensor]:
+def save(out: Path, step: int = 1, resume: bool = False) -> dict[str, Tensor]:
+    policy, optimizer = moved()
+    run = RunDir.create(out, resume=resume) if distributed.is_first() else RunDir.follow(out)
+    with run:
+        run.save_checkpoint(step, lambda folder: save_state(folder, {"policy": (policy, optimizer)}, step))
+    return values(policy, optimizer)
+
+
+def saves(out: Path) -> dict[str, Tensor]:
     with distributed.joined():
-        policy, optimizer = moved()
-        run = RunDir.create(out, resume=resume) if distributed.is_first() else RunDir.follow(out)
-        with run:
-            run.save_checkpoint(step, lambda folder: save_state(folder, {"policy": (policy, optimizer)}, step))
-        return values(policy, optimizer)
+        return save(out)
 
 
 def loads(out: Path) -> dict[str, Tensor]:
@@ -167,11 +171,12 @@ def dies_while_it_saves(out: Path) -> str:
     """The second process is killed in the middle of a second checkpoint; what the first says of it."""
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
-    saves(out)
-    if int(os.environ["RANK"]):
-        HuggingFaceStorageWriter.write_data = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment,method-assign]
     try:
-        saves(out, step=2, resume=True)
+        with distributed.joined():  # once: who comes to a second time early meets the first one's store
+            save(out)
+            if distributed.rank():
+                HuggingFaceStorageWriter.write_data = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment,method-assign]
+            save(out, step=2, resume=True)
     except RlhfImgError as error:
         return str(error)
     return "nothing"
