@@ -76,8 +76,9 @@ def rl_table(folder: Path) -> list[str]:
     ]
     for _, seed, run in finished(folder, "grpo-"):
         start = yaml.safe_load((run / "config.yaml").read_text())["config"]["start"]
-        before = 0.0 if start is None else seconds(Path(start))
-        raw = json.loads((run if start is None else Path(start)).joinpath("eval.json").read_text())["checkpoints"][0]
+        begun = None if start is None else folder / Path(start).name  # the folder may have been moved as a whole
+        before = 0.0 if begun is None else seconds(begun)
+        raw = json.loads((begun or run).joinpath("eval.json").read_text())["checkpoints"][0]
         after = json.loads((run / "eval.json").read_text())["checkpoints"][1]
         gain = after["pass_all"]["mean"] - raw["pass_all"]["mean"]
         lines.append(
