@@ -31,6 +31,11 @@ _Processes = Annotated[
     int | None, typer.Option(min=1, help="On this machine, each with a share of the work [default: one a GPU; without "
                              "one, for the playground, one a core].")
 ]  # fmt: skip
+_Model = Annotated[
+    str | None, typer.Option(help='"playground" (ships with the package), a diffusers folder, or a hub id.')
+]
+_Prompts = Annotated[Path | None, typer.Option(help="Training prompts: a file, a dataset or a pool.")]
+_EvalPrompts = Annotated[Path | None, typer.Option(help="Held-out prompts, in the same formats.")]
 _Start = Annotated[
     str | None,
     typer.Option(metavar="RUN|FOLDER", help="Go on from this run's adapter, or a LoRA's [default: the model]."),
@@ -80,12 +85,10 @@ def online(algorithm: str) -> Callable[..., None]:
         rewards: Annotated[
             str | None, typer.Option(metavar="SPEC", help='Such as "rubric:2,artifact,my_rewards.py:neon".')
         ] = None,
-        model: Annotated[
-            str | None, typer.Option(help='"playground" (ships with the package), a diffusers folder, or a hub id.')
-        ] = None,
+        model: _Model = None,
         start: _Start = None,
-        prompts: Annotated[Path | None, typer.Option(help="Training prompts: a file, a dataset or a pool.")] = None,
-        eval_prompts: Annotated[Path | None, typer.Option(help="Held-out prompts, in the same formats.")] = None,
+        prompts: _Prompts = None,
+        eval_prompts: _EvalPrompts = None,
         config: _RunFile = None,
         out: Annotated[Path | None, typer.Option(help="The run's folder [default: runs/ALGORITHM-DATE-TIME].")] = None,
         seed: _Seed = None,
@@ -120,9 +123,7 @@ def dpo(
     rewards: Annotated[
         str | None, typer.Option(metavar="SPEC", help="What held-out images are measured by; nothing trains on it.")
     ] = None,
-    model: Annotated[
-        str | None, typer.Option(help='"playground" (ships with the package), a diffusers folder, or a hub id.')
-    ] = None,
+    model: _Model = None,
     start: _Start = None,
     eval_prompts: Annotated[
         Path | None, typer.Option(help="Held-out prompts [default: the playground's, or those of held-out pairs].")
@@ -173,8 +174,8 @@ def tdm(
         typer.Option(help='"playground", a diffusers folder, or a hub id [default: that of the teacher\'s run].'),
     ] = None,
     rewards: Annotated[str | None, typer.Option(metavar="SPEC", help="What measures; it does not train.")] = None,
-    prompts: Annotated[Path | None, typer.Option(help="Training prompts: a file, a dataset or a pool.")] = None,
-    eval_prompts: Annotated[Path | None, typer.Option(help="Held-out prompts, in the same formats.")] = None,
+    prompts: _Prompts = None,
+    eval_prompts: _EvalPrompts = None,
     config: _RunFile = None,
     out: Annotated[Path | None, typer.Option(help="The run's folder [default: runs/tdm-DATE-TIME].")] = None,
     seed: _Seed = None,

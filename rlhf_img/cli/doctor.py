@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rlhf_img.cli import judge as options
+from rlhf_img.cli.facts import print_facts
+from rlhf_img.cli.needs import ALGORITHMS, needs
 from rlhf_img.config import versions
 from rlhf_img.errors import RlhfImgError
 
@@ -33,7 +35,7 @@ def doctor(
         list[str] | None, typer.Argument(metavar="[key=value ...]", help="Settings of the run, with --algorithm.")
     ] = None,
     algorithm: Annotated[
-        str | None, typer.Option(metavar="A", help="Predict memory and time of a step of grpo, dpo, tdm or sft.")
+        str | None, typer.Option(metavar="A", help=f"Predict memory and time of a step: {', '.join(ALGORITHMS)}.")
     ] = None,
     model: Annotated[
         str, typer.Option(help='Of the run: as for training, or "krea-2", the published sizes without files.')
@@ -65,37 +67,18 @@ def doctor(
     """
     found = {"machine": _machine()}
     if algorithm is not None:
-        from rlhf_img.cli.needs import needs
-
         found[f"a step of {algorithm}"] = needs(algorithm, model, settings or [], size, text_tokens, memory, rate)
     elif settings:
-        raise RlhfImgError(f"{settings[0]}: settings are of a run, so say of which: --algorithm grpo, dpo, tdm or sft")
+        known = ", ".join(ALGORITHMS)
+        raise RlhfImgError(f"{settings[0]}: settings are of a run, so say of which: --algorithm, one of {known}")
     judged = options.model_of(judge_model, judge_url, judge_key_env)
     if judged is not None:
         found["judge"] = _judge(judged, judge_url, judge_key_env, images)
     if as_json:
         typer.echo(json.dumps(found, indent=2))
         return
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
     for title, rows in found.items():
-        table = Table(title=title, title_justify="left", show_header=False)
-        for key, value in rows.items():
-            table.add_row(key.replace("_", " "), escape(_text(value)))
-        Console().print(table)
-
-
-def _text(value: Any) -> str:
-    match value:
-        case dict():
-            return "\n".join(f"{key}: {_text(inner)}" for key, inner in value.items()) or "none"
-        case bool():
-            return "yes" if value else "no"
-        case float():
-            return f"{value:.3g}"
-    return "unknown" if value is None else str(value)
+        print_facts(title, rows)
 
 
 def _machine() -> dict[str, Any]:

@@ -5,10 +5,11 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from rlhf_img.cli.facts import print_facts
 from rlhf_img.errors import RlhfImgError
 
 if TYPE_CHECKING:
@@ -88,25 +89,7 @@ def stats(pool: _Pool, as_json: _AsJson = False) -> None:
     if as_json:
         typer.echo(json.dumps(found, indent=1))
         return
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table(title=escape(str(pool)), title_justify="left", show_header=False)
-    for key, value in found.items():
-        table.add_row(key.replace("_", " "), escape(_text(value)))
-    Console().print(table)
-
-
-def _text(value: Any) -> str:
-    match value:
-        case dict():
-            return "\n".join(f"{key}: {_text(inner)}" for key, inner in value.items()) or "none"
-        case list():
-            return "\n".join(value) or "none yet"
-        case float():
-            return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
-    return str(value)
+    print_facts(str(pool), found)
 
 
 @app.command()
