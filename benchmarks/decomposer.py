@@ -27,6 +27,7 @@ import json
 import re
 import time
 from collections import defaultdict
+from collections.abc import Mapping
 from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -242,7 +243,7 @@ def main() -> None:
     parser.add_argument("--errors", type=int, default=0, help="also print so many errors of each set")
     options = parser.parse_args()
     speed = throughput(all_prompts(options.data))  # first, while the caches are empty
-    measured = {
+    measured: dict[str, tuple[Mapping[str, object], list[str]]] = {
         "GenEval": geneval(options.data / "geneval/evaluation_metadata.jsonl"),
         "DSG-1k": dsg(options.data / "dsg/dsg-1k-anns.csv"),
         "OCR": ocr(options.data / "flow_grpo/ocr_test.txt"),

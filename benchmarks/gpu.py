@@ -28,10 +28,10 @@ from torch import Tensor
 
 from rlhf_img.algorithms import grpo, rollout, sft, tdm
 from rlhf_img.config import from_mapping, merge, versions
+from rlhf_img.model import forward as forward_room
 from rlhf_img.model import sampling
 from rlhf_img.model.compute import checkpoint_blocks, compile_blocks
 from rlhf_img.model.counting import Batch, as_text, count_passes, set_dtype
-from rlhf_img.model.forward import use_native_gqa
 from rlhf_img.model.loading import Model, default_device, fast_dtype
 from rlhf_img.model.policy import LoRAConfig, Policy, make_role
 from rlhf_img.model.sizes import Sizes, sizes_of
@@ -85,21 +85,21 @@ def build(sizes: Sizes, device: torch.device, dtype: torch.dtype, size: int) -> 
         part.to_empty(device=device).eval().requires_grad_(False)
         for parameter in part.parameters():
             parameter.data.normal_(std=0.02)
-    use_native_gqa(transformer)
+    forward_room.use_native_gqa(transformer)
     scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15,
                                                 base_image_seq_len=256, max_image_seq_len=6400)  # fmt: skip
     return Model(
-        transformer=transformer, vae=vae, text_encoder=None, tokenizer=None, scheduler=scheduler, text_layers=(),  # type: ignore[arg-type]
+        transformer=transformer, vae=vae, text_encoder=None, tokenizer=None, scheduler=scheduler, text_layers=(),
         patch_size=sizes.patch_size, is_distilled=False, default_size=size, source=sizes.name,
     )  # fmt: skip
 
 
-def both(bench: Bench, run: Callable[[RandomText], object], *rooms: Any, repeats: int = 3) -> dict[str, float]:
+def both(bench: Bench, run: Callable[[RandomText], object], repeats: int = 3) -> dict[str, float]:
     """Median seconds of a run on our forward and on the stock one, in turn."""
     ours, theirs = RandomText(bench.model, stock=False), RandomText(bench.model, stock=True)
 
     def stock() -> None:
-        with stock_forward(bench.model.transformer, *rooms):
+        with stock_forward(bench.model.transformer):
             run(theirs)
 
     run(ours)
@@ -117,9 +117,9 @@ def forward(bench: Bench) -> dict[str, float]:
     def run(conditioner: RandomText) -> None:
         text = torch.stack(conditioner.encode([""] * bench.images))
         with bench.policy.acting() as transformer:
-            sft.velocity(transformer, x, torch.tensor(0.5, device=model.device), text, model.grid(size, size))
+            forward_room.velocity(transformer, x, torch.tensor(0.5, device=model.device), text, model.grid(size, size))
 
-    seconds = both(bench, run, sft)
+    seconds = both(bench, run)
     batch = Batch(images=bench.images, grid=model.grid(size, size), text=TEXT)
     flop = count_passes(bench.sizes.transformer, LoRAConfig(), model.transformer.img_in.weight.dtype, batch).infer_flop
     return {**seconds, "images": bench.images, "tflop": flop / 1e12, "mfu": flop / seconds["ours"] / bench.rate}
@@ -138,7 +138,7 @@ def lora_step(bench: Bench) -> dict[str, float]:
         batch = sft.noised(x, text, torch.tensor([0.5], device=model.device), noise, model.grid(size, size))
         sft.update(bench.policy, optimizer, [batch], sft.SFTConfig(batch_size=1))
 
-    return both(bench, run, sft)
+    return both(bench, run)
 
 
 def rl_step(bench: Bench) -> dict[str, float]:
@@ -156,7 +156,7 @@ def rl_step(bench: Bench) -> dict[str, float]:
             decode(model, drawn.latents(), size, size)
         grpo.update(bench.policy, optimizer, drawn, advantages, config)
 
-    seconds = both(bench, run, rollout, grpo, repeats=1)
+    seconds = both(bench, run, repeats=1)
     given = {"grpo": {"likelihood": "steps", "prompts": 1, "group": bench.images, "num_steps": 10, "kl": 0.0,
                       "batch_size": bench.images}}  # fmt: skip
     config_of_run = from_mapping(grpo_room.Config, merge(given, _AS_HERE), "settings")
@@ -173,7 +173,7 @@ def latency(bench: Bench) -> dict[str, float]:
         with torch.no_grad():
             decode(model, x, size, size)
 
-    return both(bench, run, sampling)
+    return both(bench, run)
 
 
 def tdm_step(bench: Bench) -> dict[str, float]:

@@ -25,7 +25,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from rlhf_img.algorithms.rollout import Batch, RolloutConfig, rollout
+from rlhf_img.algorithms.grpo import GRPOConfig
+from rlhf_img.algorithms.rollout import Batch, rollout
 from rlhf_img.cli.serving import hosts_of, listening
 from rlhf_img.config import versions
 from rlhf_img.model.conditioning import Conditioner
@@ -48,7 +49,7 @@ class World:
         self.policy = make_policy(self.model.transformer, LoRAConfig(), seed=0)
         self.conditioner = Conditioner(self.model)
         self.prompts = [p.text for p in from_playground("train", images // GROUP)]
-        self.config = RolloutConfig(prompts=images // GROUP, group=GROUP, batch_size=batch)
+        self.config = GRPOConfig(prompts=images // GROUP, group=GROUP, batch_size=batch)
         self.batches = 0
 
     def scored(self, rewards: Sequence[Reward], *, overlapped: bool) -> tuple[float, float, Tensor]:

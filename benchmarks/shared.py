@@ -2,11 +2,11 @@
 
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
 
 import torch
 from diffusers import Krea2Pipeline, Krea2Transformer2DModel
@@ -16,7 +16,7 @@ from rich.table import Table
 from torch import Tensor
 
 from rlhf_img.config import versions
-from rlhf_img.model.forward import use_native_gqa
+from rlhf_img.model.forward import use_native_gqa, velocity
 from rlhf_img.model.loading import Model
 
 
@@ -66,19 +66,31 @@ def stock_velocity(
     return v.to(x.dtype)
 
 
+Forward = Callable[..., Tensor]
+
+
 @contextmanager
-def stock_forward(transformer: Krea2Transformer2DModel, *rooms: ModuleType) -> Iterator[None]:
-    """Inside, the loops in `rooms` work on the stock forward and attention."""
-    kept = [room.velocity for room in rooms]
-    transformer.set_attn_processor(Krea2AttnProcessor())
+def replaced(make: Callable[[str, Forward], Forward]) -> Iterator[None]:
+    """Inside, every module of ours that calls the forward calls `make(name of the module, forward)` in its place."""
+    rooms = [m for n, m in sys.modules.items() if n.startswith("rlhf_img.") and vars(m).get("velocity") is velocity]
     for room in rooms:
-        room.velocity = stock_velocity
+        vars(room)["velocity"] = make(room.__name__, velocity)
     try:
         yield
     finally:
+        for room in rooms:
+            vars(room)["velocity"] = velocity
+
+
+@contextmanager
+def stock_forward(transformer: Krea2Transformer2DModel) -> Iterator[None]:
+    """Inside, all loops work on the stock forward and attention."""
+    transformer.set_attn_processor(Krea2AttnProcessor())
+    try:
+        with replaced(lambda room, forward: stock_velocity):
+            yield
+    finally:
         use_native_gqa(transformer)
-        for room, velocity in zip(rooms, kept, strict=True):
-            room.velocity = velocity
 
 
 def report(title: str, rows: Sequence[Mapping[str, object]], file: Path | None, **facts: object) -> None:

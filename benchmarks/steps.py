@@ -14,9 +14,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
-from shared import StockConditioner, in_turn, report, stock_forward
+from shared import StockConditioner, in_turn, replaced, report, stock_forward
 from torch import Tensor
 
 from rlhf_img.algorithms import dpo, grpo, rollout, sft, tdm
@@ -119,11 +120,11 @@ def text_step(model: Model, roles: list[Policy], scale: int) -> Run:
 
 
 STEPS = {
-    "grpo": ("GRPO step, 4 x {2} images, 8 steps, window 2", grpo_step, (rollout, grpo)),
-    "sft": ("LoRA train step, {8} images", sft_step, (sft,)),
-    "dpo": ("DPO step, {4} pairs", dpo_step, (dpo,)),
-    "tdm": ("TDM step, 4 x {1} images, 8 steps", tdm_step, (tdm,)),
-    "text": ("reading four prompts", text_step, ()),
+    "grpo": ("GRPO step, 4 x {2} images, 8 steps, window 2", grpo_step),
+    "sft": ("LoRA train step, {8} images", sft_step),
+    "dpo": ("DPO step, {4} pairs", dpo_step),
+    "tdm": ("TDM step, 4 x {1} images, 8 steps", tdm_step),
+    "text": ("reading four prompts", text_step),
 }
 
 
@@ -139,14 +140,14 @@ def grid(model: Model) -> tuple[int, int]:
 
 def compare(model: Model, name: str, roles: list[Policy], scale: int, repeats: int) -> dict[str, object]:
     """Median seconds of both; raises if their gradients differ."""
-    title, make, rooms = STEPS[name]
+    title, make = STEPS[name]
     run = make(model, roles, scale)
 
     def ours() -> list[Tensor]:
         return run(Conditioner(model))  # a new one each time: reading the prompts is timed on both sides
 
     def stock() -> list[Tensor]:
-        with stock_forward(model.transformer, *rooms):
+        with stock_forward(model.transformer):
             return run(StockConditioner(model))
 
     apart = [float((a - b).norm() / a.norm().clamp_min(1e-12)) for a, b in zip(ours(), stock(), strict=True)]
@@ -176,16 +177,18 @@ def profile(model: Model, roles: list[Policy], scale: int) -> list[dict[str, obj
 
         return wrapper
 
-    kept = rollout.velocity, grpo.velocity, torch.Tensor.backward, Conditioner.encode, globals()["decode"]
-    rollout.velocity, grpo.velocity = timed("rollout: forwards", kept[0]), timed("training: forwards", kept[1])
-    torch.Tensor.backward, Conditioner.encode = timed("training: backward", kept[2]), timed("text", kept[3])
-    globals()["decode"] = timed("decoding", kept[4])
-    try:
+    def of(room: str) -> str:
+        return "rollout: forwards" if room == rollout.__name__ else "training: forwards"
+
+    with (
+        replaced(lambda room, forward: timed(of(room), forward)),
+        patch.object(torch.Tensor, "backward", timed("training: backward", torch.Tensor.backward)),
+        patch.object(Conditioner, "encode", timed("text", Conditioner.encode)),
+        patch(f"{__name__}.decode", timed("decoding", decode)),
+    ):
         start = time.perf_counter()
         grpo_step(model, roles, scale)(Conditioner(model))
         whole = time.perf_counter() - start
-    finally:
-        rollout.velocity, grpo.velocity, torch.Tensor.backward, Conditioner.encode, globals()["decode"] = kept
     parts["the rest: noise, losses, AdamW"] = whole - sum(parts.values())
     return [{"part of a GRPO step": name, "s": value, "share": f"{value / whole:.0%}"} for name, value in parts.items()]
 
