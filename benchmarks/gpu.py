@@ -18,6 +18,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler, K
 from shared import in_turn, report, stock_forward
 from torch import Tensor
 
-from rlhf_img.algorithms import grpo, rollout, sft, tdm
+from rlhf_img.algorithms import grpo, nft, rollout, sft, tdm
 from rlhf_img.config import from_mapping, merge, versions
 from rlhf_img.model import forward as forward_room
 from rlhf_img.model import sampling
@@ -37,6 +38,7 @@ from rlhf_img.model.policy import LoRAConfig, Policy, make_role
 from rlhf_img.model.sizes import Sizes, sizes_of
 from rlhf_img.model.vae import decode
 from rlhf_img.training import grpo as grpo_room
+from rlhf_img.training import nft as nft_room
 from rlhf_img.training import tdm as tdm_room
 from rlhf_img.training.estimate import estimate
 from rlhf_img.training.stopwatch import matmul_rate, seconds_of
@@ -141,11 +143,12 @@ def lora_step(bench: Bench) -> dict[str, float]:
     return both(bench, run)
 
 
-def rl_step(bench: Bench) -> dict[str, float]:
-    """GRPO without its rewards: 10 steps, no guidance, two of them trained, images decoded. Images a GPU-second."""
-    model, size = bench.model, bench.model.default_size
-    config = grpo.GRPOConfig(likelihood="steps", prompts=1, group=bench.images, num_steps=10, window=2, kl=0.0,
-                             batch_size=bench.images)  # fmt: skip
+def online_step(bench: Bench, name: str) -> dict[str, float]:
+    """GRPO or NFT without rewards: 10 steps, no guidance, two of them or two draws trained, images decoded."""
+    model, size, shared = bench.model, bench.model.default_size, {"prompts": 1, "num_steps": 10, "kl": 0.0}
+    given = {name: {**shared, "group": bench.images, "batch_size": bench.images, **_ONLINE[name]}}
+    settings = from_mapping(_CONFIGS[name], merge(given, _AS_HERE), "settings")
+    config = settings.method
     optimizer = torch.optim.AdamW(bench.policy.parameters.values(), lr=1e-5)
     advantages = torch.linspace(-1, 1, bench.images, device=model.device)
     checkpoint_blocks(model.transformer, "all")
@@ -154,14 +157,18 @@ def rl_step(bench: Bench) -> dict[str, float]:
         drawn = rollout.rollout(model, bench.policy, conditioner, [""], config, 0)  # type: ignore[arg-type]
         with torch.no_grad():
             decode(model, drawn.latents(), size, size)
-        grpo.update(bench.policy, optimizer, drawn, advantages, config)
+        if name == "grpo":
+            grpo.update(bench.policy, optimizer, drawn, advantages, config)
+        else:
+            nft.update(bench.policy, optimizer, drawn, advantages, config, iteration=1)
 
     seconds = both(bench, run, repeats=1)
-    given = {"grpo": {"likelihood": "steps", "prompts": 1, "group": bench.images, "num_steps": 10, "kl": 0.0,
-                      "batch_size": bench.images}}  # fmt: skip
-    config_of_run = from_mapping(grpo_room.Config, merge(given, _AS_HERE), "settings")
-    return {**seconds, "images_a_second": bench.images / seconds["ours"], **peaks(bench, config_of_run, lambda: run(
-        RandomText(model, stock=False)))}  # fmt: skip
+    return {**seconds, "images_a_second": bench.images / seconds["ours"],
+            **peaks(bench, settings, lambda: run(RandomText(model, stock=False)))}  # fmt: skip
+
+
+_CONFIGS: dict[str, Any] = {"grpo": grpo_room.Config, "nft": nft_room.Config}
+_ONLINE: dict[str, dict[str, Any]] = {"grpo": {"likelihood": "steps", "window": 2}, "nft": {"draws": 2}}
 
 
 def latency(bench: Bench) -> dict[str, float]:
@@ -219,8 +226,9 @@ def compiled(bench: Bench) -> dict[str, float]:
 
 
 PARTS: dict[str, tuple[Callable[[Bench], dict[str, float]], int]] = {
-    "forward": (forward, 60), "lora step": (lora_step, 60), "GRPO step": (rl_step, 120), "8-step image": (latency, 60),
-    "TDM step": (tdm_step, 90), "compiled": (compiled, 150),
+    "forward": (forward, 60), "lora step": (lora_step, 60), "GRPO step": (partial(online_step, name="grpo"), 90),
+    "NFT step": (partial(online_step, name="nft"), 90), "8-step image": (latency, 60), "TDM step": (tdm_step, 90),
+    "compiled": (compiled, 150),
 }  # fmt: skip
 """What is measured, and seconds that it may take."""
 
@@ -275,6 +283,8 @@ def main() -> None:
     columns = ("part", "px", "stock", "ours", "mfu", "images_a_second", "peak_gib", "predicted_gib", "failed")
     report(f"{options.model}, seconds; matrix rate {rate / 1e12:.3g} TFLOP/s",
            [{column: row.get(column, "") for column in columns} for row in rows], None)  # fmt: skip
+    if any("failed" in row for row in rows):
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

@@ -131,6 +131,29 @@ def test_offloaded_parts_visit_the_device_only_while_they_work(tmp_path: Path) -
     assert moves == ["text_encoder cpu"] * 2 + ["vae cpu"] * 4
 
 
+def test_stored_prompts_are_read_once_by_the_same_weights(tmp_path: Path) -> None:
+    model, calls = tiny_model(), []
+    model.text_encoder.register_forward_hook(lambda *_: calls.append(1))
+    expected = Conditioner(model).encode(PROMPTS)
+    calls.clear()
+    assert list(Conditioner(model, store=tmp_path).read_ahead([*PROMPTS, PROMPTS[0]]))[-1] == len(set(PROMPTS))
+    assert calls
+    calls.clear()
+    later = Conditioner(model, store=tmp_path)
+    assert list(later.read_ahead(PROMPTS)) == [len(set(PROMPTS))]
+    for ours, theirs in zip(later.encode(PROMPTS), expected, strict=True):
+        assert torch.equal(ours, theirs)
+    assert not calls
+    first = next(tmp_path.rglob("*.safetensors"))
+    first.write_bytes(first.read_bytes()[:-4])  # damaged: read again
+    Conditioner(model, store=tmp_path).encode(PROMPTS)
+    assert len(calls) == 1
+    with torch.no_grad():
+        next(model.transformer.txt_in.parameters()).add_(1)  # other weights, other features
+    changed = Conditioner(model, store=tmp_path).encode(PROMPTS[:1])[0]
+    assert len(calls) == 2 and not torch.allclose(changed, expected[0])
+
+
 def test_an_official_checkpoint_is_a_model_with_the_other_parts_of_a_pipeline(tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "model")
     original = load(folder, device="cpu")

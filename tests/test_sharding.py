@@ -37,6 +37,7 @@ COMMON = (
 )  # fmt: skip
 ALGORITHMS = {
     "grpo": ("grpo.prompts=4", "grpo.group=3", "grpo.num_steps=3"),
+    "nft": ("nft.prompts=4", "nft.group=3", "nft.num_steps=3"),
     "dpo": ("dpo.pairs=4", "dpo.loss=stpo-guard", "dpo.calibration_steps=1", "heldout_pairs=3", "measure_every=2",
             "max_winner_rise=null"),
     "tdm": ("tdm.prompts=4", "tdm.images=2", "tdm.num_steps=2", "panel.every=1", "panel.prompts=1", "full_steps=2"),
@@ -67,7 +68,8 @@ def words(files: Path, algorithm: str, out: Path, *more: str) -> list[str]:
 
 @pytest.mark.parametrize(
     ("algorithm", "full", "shard"),
-    [("grpo", False, True), ("grpo", True, True), ("dpo", False, True), ("dpo", True, True), ("dpo", False, False),
+    [("grpo", False, True), ("grpo", True, True), ("nft", False, True), ("nft", True, True),
+     ("dpo", False, True), ("dpo", True, True), ("dpo", False, False),
      ("tdm", False, True), ("tdm", True, True), ("tdm", True, False)],
 )  # fmt: skip
 def test_two_processes_do_what_one_does(

@@ -166,8 +166,10 @@ def test_what_the_judge_did_is_in_every_row_and_its_id_in_every_score(
     words = [
         "grpo", "--model", str(files / "model"), "--prompts", str(tmp_path / "prompts.txt"), "--eval-prompts",
         str(tmp_path / "prompts.txt"), "--config", str(tmp_path / "run.yaml"), "--out", str(out), *SMALL, "steps=2",
+        f"compute.text_store={tmp_path / 'text'}",
     ]  # fmt: skip
     assert run(monkeypatch, words) == 0
+    assert len(list((tmp_path / "text").rglob("*.safetensors"))) == 3  # both prompts and the empty one
     # Both prompts are in each iteration, with three images each: is it there, is it one, and is it red.
     asked = [row["judge/calls"] - (16 if "judge/drift" in row else 0) for row in lines(out)]
     assert asked == [15, 15] and all(row["judge/failed"] == 0 for row in lines(out))

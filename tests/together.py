@@ -15,8 +15,8 @@ import torch
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload([
-    "rlhf_img.cli.main", "rlhf_img.training.grpo", "rlhf_img.training.dpo", "rlhf_img.training.tdm",
-    "rlhf_img.report", "tiny",
+    "rlhf_img.cli.main", "rlhf_img.training.grpo", "rlhf_img.training.nft", "rlhf_img.training.dpo",
+    "rlhf_img.training.tdm", "rlhf_img.report", "tiny",
 ])  # fmt: skip
 PATIENCE = 300
 """Seconds; a busy machine is slow."""

@@ -109,7 +109,7 @@ def prepare(config: Config) -> tuple[Parts, Job]:
     optimizer = torch.optim.AdamW(
         list(policy.parameters.values()), lr=config.dpo.lr, weight_decay=config.dpo.weight_decay
     )
-    conditioner = Conditioner(model)
+    conditioner = Conditioner(model, store=config.compute.text_store)
     beta = config.dpo.beta_mean or _measured_beta(config, model, policy, conditioner, train, heldout)
     parts = Parts(
         config=config, model=model, policy=policy, conditioner=conditioner, optimizer=optimizer, pairs=train,
@@ -120,6 +120,7 @@ def prepare(config: Config) -> tuple[Parts, Job]:
     job = Job(
         config=config, model=model, conditioner=conditioner, trained={"policy": (policy, optimizer)}, watched=watched,
         heldout_prompts=_heldout_prompts(config, heldout), iterate=partial(iteration, parts),
+        texts=tuple(pair.prompt for pair in train + heldout),
         notes=(
             *found.lines(),
             f"beta: {beta:.4g} on errors averaged over dimensions, {beta / dimensions:.3g} on their sum{measured}",

@@ -68,6 +68,8 @@ class Job:
     """What tells when the policy was best and when to stop; None: it is trained to the end and kept as it is then."""
     pool: PromptPool | None = None
     """What draws the prompts, if it learns from what is drawn."""
+    texts: tuple[str, ...] = ()
+    """Prompts that training may draw, as far as they are known when it begins."""
     notes: tuple[str, ...] = ()
     """What a user should read before training begins."""
 
@@ -104,6 +106,7 @@ def train(job: Job, run: RunDir, console: Console) -> dict[str, Any]:
     first = _restore(job, run)
     for note in job.notes:
         console.print(note, highlight=False, soft_wrap=True)
+    _read_ahead(job, console)
     before = _evaluate_before(job, run, console)
     rows = run.read_metrics()
     best, watch = Best(job.panel, run, rows), _watch(job, run, rows)
@@ -211,6 +214,17 @@ def _restore(job: Job, run: RunDir) -> int:
         job.pool.publish()  # of a run that was killed between its checkpoint and this
     run.truncate_metrics(done)
     return done
+
+
+def _read_ahead(job: Job, console: Console) -> None:
+    """Every process reads its share of the prompts into the store, if the run has one."""
+    texts = list(dict.fromkeys(["", *job.texts, *(prompt.text for prompt in job.heldout_prompts)]))
+    mine = [texts[i] for i in distributed.share(len(texts))]
+    with _progress(console) as progress:
+        task = progress.add_task("reading prompts", total=len(mine), note="", visible=False)
+        for done in job.conditioner.read_ahead(mine):
+            progress.update(task, completed=done, visible=True)
+    distributed.gather(None)  # none goes on before all is there
 
 
 def _evaluate_before(job: Job, run: RunDir, console: Console) -> Evaluation:

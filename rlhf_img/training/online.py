@@ -100,13 +100,14 @@ def prepare(config: OnlineConfig, learn: Learn) -> tuple[Parts, Job]:
         list(policy.parameters.values()), lr=config.method.lr, weight_decay=config.method.weight_decay
     )
     parts = Parts(
-        config=config, model=model, policy=policy, conditioner=Conditioner(model), optimizer=optimizer,
-        rewards=rewards, pool=PromptPool(prompts, config.pool, config.seed, pool_of(config)),
+        config=config, model=model, policy=policy,
+        conditioner=Conditioner(model, store=config.compute.text_store), optimizer=optimizer, rewards=rewards,
+        pool=PromptPool(prompts, config.pool, config.seed, pool_of(config)),
     )  # fmt: skip
     job = Job(
         config=config, model=model, conditioner=parts.conditioner, trained={"policy": (policy, optimizer)},
         watched=watched, heldout_prompts=heldout, iterate=partial(iteration, parts, learn), pool=parts.pool,
-        trained_on=tuple(reward.name for reward in rewards),
+        trained_on=tuple(reward.name for reward in rewards), texts=tuple(prompt.text for prompt in prompts),
     )  # fmt: skip
     return parts, job
 

@@ -81,12 +81,13 @@ def prepare(config: Config) -> tuple[Parts, Job]:
         list(policy.parameters.values()), lr=config.sft.lr, weight_decay=config.sft.weight_decay
     )
     parts = Parts(
-        config=config, model=model, policy=policy, conditioner=Conditioner(model), optimizer=optimizer, data=data,
-        latents={},
+        config=config, model=model, policy=policy,
+        conditioner=Conditioner(model, store=config.compute.text_store), optimizer=optimizer, data=data, latents={},
     )  # fmt: skip
     job = Job(
         config=config, model=model, conditioner=parts.conditioner, trained={"policy": (policy, optimizer)},
         watched=watched, heldout_prompts=_heldout_prompts(config, data), iterate=partial(iteration, parts),
+        texts=tuple(captions(data)),
         notes=(f"{len(data)} images with {len(captions(data))} different captions",),
     )  # fmt: skip
     return parts, job

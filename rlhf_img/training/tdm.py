@@ -127,7 +127,7 @@ def prepare(config: Config) -> tuple[Parts, Job]:
     }
     # From here on the model is sampled as the student will be: at the levels of a distilled checkpoint.
     shipped = dataclasses.replace(model, transformer=student.transformer, is_distilled=True)
-    conditioner = Conditioner(model)
+    conditioner = Conditioner(model, store=config.compute.text_store)
     panel, prompts = set_aside(config, shipped, conditioner, student, prompts)
     parts = Parts(
         config=config, model=shipped, student=student, critic=critic, conditioner=conditioner,
@@ -138,6 +138,7 @@ def prepare(config: Config) -> tuple[Parts, Job]:
         trained={role.name: (role, optimizers[role.name]) for role in (student, critic)}, watched=watched,
         heldout_prompts=heldout, iterate=partial(iteration, parts), panel=panel,
         raw=partial(_teacher_images, config, model, conditioner, start),
+        texts=tuple(prompt.text for prompt in prompts),
     )  # fmt: skip
     if config.card:
         against = controls(model, start, config.tdm.num_steps, config.full_steps, config.tdm.guidance)
