@@ -9,8 +9,9 @@ from tiny import PROMPTS, tiny_model
 from torch import Tensor
 
 from rlhf_img.algorithms import grpo
+from rlhf_img.algorithms.awm import forward_logp
 from rlhf_img.algorithms.grpo import GRPOConfig
-from rlhf_img.algorithms.rollout import Batch, Draw, Rollout, Step, forward_logp, rollout
+from rlhf_img.algorithms.rollout import Batch, Draw, Rollout, Step, rollout
 from rlhf_img.errors import RlhfImgError, RunStopped
 from rlhf_img.model.conditioning import Conditioner
 from rlhf_img.model.flow import cps_step

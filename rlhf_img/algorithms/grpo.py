@@ -7,13 +7,7 @@ r = p_theta / p_old of what was drawn,
 
 A flow model gives no likelihood, so one of two stands in for it (`likelihood`):
 
-"forward" (AWM, arXiv 2509.25050; the same ratio as FPO, 2507.21053): the image's under the forward process. The image
-x0 is noised to x = (1 - s) x0 + s eps at `draws` levels s, log p = -mean |v_theta(x, s) - u|^2 with u = eps - x0, and D
-is mean |v_theta - v_ref|^2. Rollouts are plain Euler from noise of their own. s and eps are shared by a group, whose
-advantages add up to 0, so that what they have in common cancels out of the gradient. Where D has a weight, log p is
-taken to first order about v_ref: its square pays for moving ever further from a bad image, and broke long runs.
-The loss is then convex in v_theta, and for one batch least at v_ref + E[A (u - v_ref) | x] / kl, which is where
-DiffusionNFT (2509.16117) ends too.
+"forward": the image's, under the forward process, in draws at several noise levels: algorithms/awm.py.
 
 "steps" (Flow-GRPO, 2505.05470; MixGRPO, 2507.21802): that of the sampler's own steps. Inside a window of steps, shared
 by all groups of the iteration, a step is Gaussian, x' ~ N(mu_theta(x), std^2) (Flow-CPS, 2509.05952, by default);
@@ -35,7 +29,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rlhf_img.algorithms.rollout import AverageGradients, Rollout, Step, StepsConfig, alone, forward_logp, require
+from rlhf_img.algorithms import awm
+from rlhf_img.algorithms.rollout import AverageGradients, Rollout, Step, StepsConfig, alone, require
 from rlhf_img.algorithms.updating import Draws, optimise, split, together, velocities
 from rlhf_img.model.flow import STEPS, SdeStep
 from rlhf_img.model.policy import Policy
@@ -134,8 +129,8 @@ def replay(policy: Policy, sampled: Rollout, config: GRPOConfig) -> Iterator[Rep
 
 def _replay_draws(draws: Draws, v: Tensor, v_ref: Tensor | None) -> Replay:
     v_old = v.detach() if draws.old_BNC is None else draws.old_BNC
-    log_ratio_B = forward_logp(v, draws.target_BNC, v_ref) - forward_logp(v_old, draws.target_BNC, v_ref)
-    kl_B = None if v_ref is None else -forward_logp(v, v_ref)
+    log_ratio_B = awm.log_ratio(v, v_old, draws.target_BNC, v_ref)
+    kl_B = None if v_ref is None else awm.divergence(v, v_ref)
     return Replay(rows_B=draws.rows_B, log_ratio_B=log_ratio_B, ratio_B=log_ratio_B.exp(), kl_B=kl_B)
 
 

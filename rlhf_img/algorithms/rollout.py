@@ -164,19 +164,6 @@ class Rollout:
         return torch.cat([batch.final_BNC for batch in self.batches])[rows.argsort()]
 
 
-def forward_logp(
-    v_BNC: Float[Tensor, "B N C"], target_BNC: Float[Tensor, "B N C"], around_BNC: Float[Tensor, "B N C"] | None = None
-) -> Float[Tensor, " B"]:
-    """Stand-in for an image's log-likelihood: minus the squared error of its velocity, averaged over dimensions.
-
-    With `around`, to first order in v about that velocity: -|a - u|^2 - 2 (a - u) (v - a), where u is the target.
-    """
-    if around_BNC is None:
-        return -(v_BNC - target_BNC).square().flatten(1).mean(1)
-    error = around_BNC - target_BNC
-    return -(error.square() + 2 * error * (v_BNC - around_BNC)).flatten(1).mean(1)
-
-
 @torch.no_grad()
 def rollout(
     model: Model, policy: Policy, conditioner: Conditioner, prompts: Sequence[str], config: RolloutConfig, seed: int,
