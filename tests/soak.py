@@ -45,7 +45,8 @@ ALGORITHMS = {
     "grpo": ("grpo.prompts=2", "grpo.group=3", "grpo.num_steps=4", "--processes", "1"),
     "nft": ("nft.prompts=2", "nft.group=3", "nft.num_steps=4", "--processes", "1"),
     "dpo": ("dpo.pairs=4", "dpo.draws=1", "heldout_pairs=4", "measure_every=2", "--pairs", "{files}/pairs"),
-    "tdm": ("tdm.prompts=2", "tdm.images=2", "tdm.num_steps=2", "full_steps=3", "panel.every=1", "--teacher", "none"),
+    "tdm": ("tdm.prompts=2", "tdm.images=2", "tdm.num_steps=2", "tdm.warmup=2", "full_steps=3", "panel.every=1",
+            "--teacher", "none"),
 }
 """What each algorithm adds to the command; one more line is one more algorithm."""
 _ON_RESUME = {"grpo": ("--processes", "1"), "nft": ("--processes", "1")}

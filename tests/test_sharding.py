@@ -40,7 +40,8 @@ ALGORITHMS = {
     "nft": ("nft.prompts=4", "nft.group=3", "nft.num_steps=3"),
     "dpo": ("dpo.pairs=4", "dpo.loss=stpo-guard", "dpo.calibration_steps=1", "heldout_pairs=3", "measure_every=2",
             "max_winner_rise=null"),
-    "tdm": ("tdm.prompts=4", "tdm.images=2", "tdm.num_steps=2", "panel.every=1", "panel.prompts=1", "full_steps=2"),
+    "tdm": ("tdm.prompts=4", "tdm.images=2", "tdm.num_steps=2", "tdm.warmup=1", "panel.every=1",
+            "panel.prompts=1", "full_steps=2"),
 }  # fmt: skip
 
 

@@ -461,6 +461,41 @@ def test_without_guidance_a_student_that_is_the_teacher_has_nothing_to_learn_fro
     assert metrics["dm"] == metrics["guidance"] == metrics["grad_norm"] == 0.0
 
 
+def test_warming_up_takes_the_student_to_the_guided_teacher_and_moves_nothing_else(
+    world: tuple[Model, Policy, Policy, Conditioner],
+) -> None:
+    model, student, _, conditioner = world
+    config = dataclasses.replace(CONFIG, guidance=1.5, max_grad_norm=1e9)
+    sampled = tdm.rollout(model, student, conditioner, PROMPTS[:2], config, 5)
+    before = {name: look(model, conditioner, name) for name in (None, "teacher", "critic")}
+    metrics = tdm.teach_guidance(student, optimizer_of(student, 0.0), sampled, config, torch.Generator().manual_seed(9))
+    fast = {name: p.grad.clone() for name, p in student.parameters.items() if p.grad is not None}
+    empty = conditioner.encode([""])[0][None]
+    stages = tdm.draw_stages(sampled.levels_S, sampled.total, config.margin, torch.Generator().manual_seed(9))
+    total = torch.zeros(())
+    for batch in sampled.batches:
+        for b, i in enumerate(batch.places_B):
+            x, level = batch.states_SBNC[stages.index_B[i], b : b + 1], stages.start_B[i]
+
+            def flow(name: str, text: Tensor, x: Tensor = x, level: Tensor = level) -> Tensor:
+                with role(model.transformer, name):
+                    return velocity(model.transformer, x, level, text, sampled.grid)
+
+            text = batch.text_BLD[b : b + 1]
+            guided = (2.5 * flow("teacher", text) - 1.5 * flow("teacher", empty)).detach()
+            total = total + (flow(POLICY, text) - guided).square().mean() / sampled.count
+    assert metrics["loss"] == pytest.approx(float(total.detach()), rel=1e-4)
+    slow = torch.autograd.grad(total, list(student.parameters.values()))
+    for name, expected in zip(student.parameters, slow, strict=True):
+        torch.testing.assert_close(fast[name], expected, rtol=5e-3, atol=1e-4 * float(expected.abs().max()) + 1e-7)
+    optimizer = optimizer_of(student)
+    for _ in range(20):
+        after = tdm.teach_guidance(student, optimizer, sampled, config, torch.Generator().manual_seed(9))
+    assert after["loss"] < 0.9 * metrics["loss"]
+    for name, value in before.items():
+        assert torch.equal(look(model, conditioner, name), value)
+
+
 @pytest.mark.parametrize("target", list(CRITIC_TARGETS))
 def test_gradients_are_those_of_a_slow_loop(world: tuple[Model, Policy, Policy, Conditioner], target: str) -> None:
     model, student, critic, conditioner = world

@@ -25,6 +25,10 @@ Stages do not overlap, so tau says which stage's law is meant and one critic ser
 
 g is Krea's, v + g (v - v_empty): the published scale is w = 1 + g. Student, critic and teacher are roles over one base.
 
+What we added: the first iterations (`warmup`) teach the student guidance alone, by regression on its own way from noise
+to image (guidance distillation, arXiv 2210.03142), mean |v_student - v_guided|^2, while the critic learns as always.
+The target has no noise of a critic in it, and matching of laws then begins close to where it ends.
+
 Left out: the published importance weight (tempered by the number of dimensions it stays within a few per cent of 1),
 landing between grid points, conditioning on the number of steps (it would add weights that a stock pipeline drops).
 """
@@ -56,8 +60,11 @@ class TDMConfig:
     """Images of each of them; they share a forward."""
     num_steps: int = 8
     """K, the student's steps. It is made for this number alone."""
-    guidance: float = 2.0
+    guidance: float = 1.0
     """Krea's g of the teacher, which the student learns to do without; the common scale w is 1 + g."""
+    warmup: int = 80
+    """Iterations at the start in which the student learns guidance alone: the guided teacher's velocity, where the
+    student itself comes along, in as many optimiser steps as the critic takes. 0: none."""
     critic_target: Literal["ambient", "tdm_x0", "dmd"] = "ambient"
     """What the critic learns: the exact score of what the student lands on, or one of two published stand-ins."""
     critic_updates: int = 2
@@ -70,9 +77,9 @@ class TDMConfig:
     """How far tau stays from both ends of its stage, as a share of the stage's width."""
     norm_floor: float = 1e-3
     """Least value of the normaliser."""
-    lr: float = 5e-4
+    lr: float = 2e-3
     """The student's learning rate (AdamW) at the start; both fall linearly to 0 over the run."""
-    critic_lr: float = 1e-3
+    critic_lr: float = 2e-3
     """The critic's."""
     weight_decay: float = 1e-4
     max_grad_norm: float = 1.0
@@ -89,6 +96,7 @@ class TDMConfig:
             {
                 "tdm.prompts, tdm.images, tdm.num_steps, tdm.critic_updates and tdm.batch_size must be 1 or more":
                     min(counts) >= 1,
+                "tdm.warmup must be 0 or more": self.warmup >= 0,
                 "tdm.guidance is Krea's g, 0 (off) or more; the common scale w is 1 + g": self.guidance >= 0,
                 "tdm.margin is a share of a stage at each end, above 0 and below 0.5": 0 < self.margin < 0.5,
                 "tdm.lr, tdm.critic_lr, tdm.norm_floor and tdm.huber_c must be above 0":
@@ -321,6 +329,25 @@ def train_critic(
     return {"critic/loss": total, "critic/grad_norm": norm}
 
 
+def teach_guidance(
+    student: Policy, optimizer: torch.optim.Optimizer, sampled: Rollout, config: TDMConfig, generator: torch.Generator,
+    average_gradients: AverageGradients = alone,
+) -> dict[str, float]:  # fmt: skip
+    """One optimiser step of the student towards the guided teacher's velocity at one of its own states of each image.
+
+    Returns `loss`, `grad_norm` and `guidance`, the root mean square of what guidance changes of the predicted image.
+    Raises FloatingPointError before a step that is not finite.
+    """
+
+    def loss(batch: Batch, stages: Stages, noise: Tensor, x: Tensor, v: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        v_teacher, v_empty = _taught(student, x, stages.start_B, batch, sampled, config)
+        ca = config.guidance * (v_teacher - v_empty)
+        loss_B = (v - v_teacher - ca).square().flatten(1).mean(1)
+        return loss_B, {"loss": loss_B.detach(), "guidance": _rms(_wide(stages.start_B, x) * ca)}
+
+    return _update(student, optimizer, sampled, config, generator, loss, average_gradients)
+
+
 def train_student(
     student: Policy, critic: Policy, optimizer: torch.optim.Optimizer, sampled: Rollout, config: TDMConfig,
     generator: torch.Generator, average_gradients: AverageGradients = alone,
@@ -330,18 +357,34 @@ def train_student(
     Returns `loss`, `grad_norm` and the root mean squares `dm` and `guidance` of the two terms, with `norm`.
     Raises FloatingPointError before a step that is not finite.
     """
+
+    def loss(batch: Batch, stages: Stages, noise: Tensor, x: Tensor, v: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        landing = land(x, v, stages)
+        detached = Landing(x_BNC=landing.x_BNC.detach(), x0_BNC=landing.x0_BNC.detach())
+        seen = CRITIC_TARGETS[config.critic_target](detached, stages, noise).x_BNC
+        v_teacher, v_empty = _taught(student, seen, stages.tau_B, batch, sampled, config)
+        with torch.no_grad(), critic.acting() as transformer:
+            v_critic = velocity(transformer, seen, stages.tau_B, batch.text_BLD, sampled.grid)
+        return student_loss(landing.x0_BNC, seen, stages.tau_B, v_teacher, v_empty, v_critic, config)
+
+    return _update(student, optimizer, sampled, config, generator, loss, average_gradients)
+
+
+StageLoss = Callable[[Batch, Stages, Tensor, Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]]
+"""Of a batch, its stages, noise, x at their start and the student's velocity there: losses and metrics, each [B]."""
+
+
+def _update(
+    student: Policy, optimizer: torch.optim.Optimizer, sampled: Rollout, config: TDMConfig, generator: torch.Generator,
+    loss: StageLoss, average_gradients: AverageGradients,
+) -> dict[str, float]:  # fmt: skip
     totals: dict[str, float] = {}
     optimizer.zero_grad(set_to_none=True)
     for batch, stages, noise in _chances(sampled, config.margin, generator):
         x = batch.states_SBNC[stages.index_B, torch.arange(len(batch.text_BLD))]
         with student.acting() as transformer:
-            landing = land(x, velocity(transformer, x, stages.start_B, batch.text_BLD, sampled.grid), stages)
-            detached = Landing(x_BNC=landing.x_BNC.detach(), x0_BNC=landing.x0_BNC.detach())
-            seen = CRITIC_TARGETS[config.critic_target](detached, stages, noise).x_BNC
-            v_teacher, v_empty, v_critic = _judged(student, critic, seen, stages, batch, sampled, config)
-            loss_B, metrics = student_loss(
-                landing.x0_BNC, seen, stages.tau_B, v_teacher, v_empty, v_critic, config
-            )
+            v = velocity(transformer, x, stages.start_B, batch.text_BLD, sampled.grid)
+            loss_B, metrics = loss(batch, stages, noise, x, v)
             (loss_B.sum() / sampled.count).backward()  # within the role: checkpointing repeats the forward
         for name, value_B in metrics.items():
             totals[name] = totals.get(name, 0.0) + float(value_B.sum()) / sampled.count
@@ -352,17 +395,16 @@ def train_student(
 
 
 @torch.no_grad()
-def _judged(
-    student: Policy, critic: Policy, x: Tensor, stages: Stages, batch: Batch, sampled: Rollout, config: TDMConfig
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Velocities of the teacher with the prompt and with the empty one, and of the critic."""
+def _taught(
+    student: Policy, x: Tensor, level_B: Tensor, batch: Batch, sampled: Rollout, config: TDMConfig
+) -> tuple[Tensor, Tensor]:
+    """Velocities of the teacher with the prompt and, if there is guidance, with the empty one."""
     with student.reference() as teacher:
-        v_teacher = v_empty = velocity(teacher, x, stages.tau_B, batch.text_BLD, sampled.grid)
+        v_teacher = v_empty = velocity(teacher, x, level_B, batch.text_BLD, sampled.grid)
         if config.guidance > 0:
             empty_BLD = sampled.empty_LD.expand(len(x), -1, -1)
-            v_empty = velocity(teacher, x, stages.tau_B, empty_BLD, sampled.grid)
-    with critic.acting() as transformer:
-        return v_teacher, v_empty, velocity(transformer, x, stages.tau_B, batch.text_BLD, sampled.grid)
+            v_empty = velocity(teacher, x, level_B, empty_BLD, sampled.grid)
+    return v_teacher, v_empty
 
 
 def _step(policy: Policy, optimizer: torch.optim.Optimizer, max_norm: float) -> float:

@@ -54,7 +54,7 @@ class Config(RunConfig):
 
     teacher: str | None = None
     """The run, or the folder of a LoRA, that aligned the model; None: the model itself is the teacher."""
-    steps: int = 150
+    steps: int = 120
     checkpoint_every: int = 25
     sample_every: int = 50
     card: bool = True
@@ -198,14 +198,14 @@ def iteration(parts: Parts, step: int) -> dict[str, float]:
             group["lr"] = lr * left
     try:
         learnt: dict[str, float] = {}
+        moved: dict[str, float] = {}
+        shared = sampled, config.tdm, generator, distributed.average_gradients
         for _ in range(config.tdm.critic_updates):
-            learnt = tdm.train_critic(
-                parts.critic, parts.optimizers[CRITIC], sampled, config.tdm, generator, distributed.average_gradients
-            )
-        moved = tdm.train_student(
-            parts.student, parts.critic, parts.optimizers[POLICY], sampled, config.tdm, generator,
-            distributed.average_gradients,
-        )  # fmt: skip
+            learnt = tdm.train_critic(parts.critic, parts.optimizers[CRITIC], *shared)
+            if step <= config.tdm.warmup:
+                moved = tdm.teach_guidance(parts.student, parts.optimizers[POLICY], *shared)
+        if step > config.tdm.warmup:
+            moved = tdm.train_student(parts.student, parts.critic, parts.optimizers[POLICY], *shared)
     except FloatingPointError as error:
         raise RunStopped(
             f"iteration {step}: {error}. The last checkpoint stays; start again with a lower tdm.lr and tdm.critic_lr"
