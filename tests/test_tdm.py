@@ -9,8 +9,10 @@ import torch
 from tiny import PROMPTS, tiny_model
 from torch import Tensor, nn
 
+from rlhf_img.algorithms import stages as stage_room
 from rlhf_img.algorithms import tdm
-from rlhf_img.algorithms.tdm import CRITIC_TARGETS, Landing, Stages, TDMConfig
+from rlhf_img.algorithms.stages import CRITIC_TARGETS, Landing, Stages
+from rlhf_img.algorithms.tdm import TDMConfig
 from rlhf_img.model.conditioning import Conditioner
 from rlhf_img.model.forward import velocity
 from rlhf_img.model.loading import Model
@@ -65,12 +67,12 @@ def critic_of(name: str, stages: Stages) -> tuple[Tensor, tuple[float, float], t
 def test_renoising_keeps_the_flow_and_composes() -> None:
     s, t, u = (torch.tensor([x], dtype=torch.float64) for x in (0.3109, 0.4, 0.5128))
     for low, high in ((s, t), (t, u), (torch.zeros_like(s), u), (torch.tensor([0.9567]), torch.tensor([0.957]))):
-        a, b = tdm.renoise_coefficients(low, high)
+        a, b = stage_room.renoise_coefficients(low, high)
         torch.testing.assert_close(a * (1 - low), 1 - high)  # the mean, given x0
         torch.testing.assert_close(a**2 * low**2 + b**2, high**2)  # the variance, given x0
         identity = (high + (1 - high) * low**2 / (1 - low) ** 2) / b
         torch.testing.assert_close((high / b - b) / (1 - high), identity, rtol=1e-3, atol=1e-6)
-    (a1, b1), (a2, b2), (a, b) = (tdm.renoise_coefficients(*pair) for pair in ((s, t), (t, u), (s, u)))
+    (a1, b1), (a2, b2), (a, b) = (stage_room.renoise_coefficients(*pair) for pair in ((s, t), (t, u), (s, u)))
     torch.testing.assert_close(a1 * a2, a)
     torch.testing.assert_close(a2**2 * b1**2 + b2**2, b**2)
 
@@ -105,7 +107,7 @@ def test_weight_is_the_inverse_variance_of_the_target_for_data_of_variance_one(i
     z, n, weights = gaussian_nodes()
     s = float(stages.end_B[0])
     x_s = math.sqrt((1 - s) ** 2 + s**2) * z
-    noised = tdm.ambient(Landing(x_BNC=x_s.view(-1, 1, 1), x0_BNC=x_s.view(-1, 1, 1)), stages, n.view(-1, 1, 1))
+    noised = stage_room.ambient(Landing(x_BNC=x_s.view(-1, 1, 1), x0_BNC=x_s.view(-1, 1, 1)), stages, n.view(-1, 1, 1))
     x, target = noised.x_BNC.flatten(), noised.target_BNC.flatten()
     slope, offset = regressed(x, target, weights)
     left = float((weights * (target - slope * x - offset) ** 2).sum())
@@ -118,7 +120,7 @@ def test_the_gap_of_two_gaussians_points_to_the_teacher(index: int) -> None:
     stages = in_stage(index, 0.5, 25)
     z, n, weights = gaussian_nodes()
     s, tau = float(stages.end_B[0]), float(stages.tau_B[0])
-    a, b = (float(c[0]) for c in tdm.renoise_coefficients(stages.end_B, stages.tau_B))
+    a, b = (float(c[0]) for c in stage_room.renoise_coefficients(stages.end_B, stages.tau_B))
     variance = a**2 * 0.49 + b**2
     for m in (0.0, 0.5):
         x = (a * (m + 0.7 * z) + b * n).view(-1, 1, 1)
@@ -153,7 +155,7 @@ def test_surrogate_gradient_is_the_formula(loss: str) -> None:
 
 
 def test_stages_fill_their_grid_without_overlap() -> None:
-    stages = tdm.draw_stages(KREA, 20_000, 0.1, torch.Generator().manual_seed(0))
+    stages = stage_room.draw_stages(KREA, 20_000, 0.1, torch.Generator().manual_seed(0))
     share = (stages.tau_B - stages.end_B) / (stages.start_B - stages.end_B)
     assert float(share.min()) > 0.099 and float(share.max()) < 0.901
     assert torch.equal(stages.start_B, KREA[stages.index_B]) and torch.equal(stages.end_B, KREA[stages.index_B + 1])
@@ -226,9 +228,9 @@ def test_a_gaussian_teacher_is_met_in_few_steps(steps: int) -> None:
             index, start, end, at = (torch.full((512,), v) for v in (k, high, low, tau))
             stages = Stages(index_B=index, start_B=start, end_B=end, tau_B=at)
             x = states[k].view(-1, 1, 1)
-            landing = tdm.land(x, slopes[k] * x + offsets[k], stages)
+            landing = stage_room.land(x, slopes[k] * x + offsets[k], stages)
             seen = Landing(x_BNC=landing.x_BNC.detach(), x0_BNC=landing.x0_BNC.detach())
-            x_tau = tdm.ambient(seen, stages, torch.randn(x.shape, generator=generator)).x_BNC
+            x_tau = stage_room.ambient(seen, stages, torch.randn(x.shape, generator=generator)).x_BNC
             slope, offset = exact_critic("ambient", seen, stages)
             teacher = _teacher_velocity(x_tau, tau)
             loss_B, _ = tdm.student_loss(
@@ -292,16 +294,16 @@ def distil(target: str, guidance: float, steps: int) -> tuple[Tensor, Tensor]:
     for _ in range(steps):
         states = torch.stack(walked(student, levels, 256, generator))
         for _ in range(2):
-            stages = tdm.draw_stages(levels, 256, config.margin, generator)
+            stages = stage_room.draw_stages(levels, 256, config.margin, generator)
             x, rows = states[stages.index_B, torch.arange(256)], torch.arange(256)
             taken = (states[stages.index_B + 1, rows] - x) / (stages.end_B - stages.start_B)[:, None]
             noise = torch.randn(x.shape, generator=generator)[:, None]
-            noised = CRITIC_TARGETS[target](tdm.land(x[:, None], taken[:, None], stages), stages, noise)
+            noised = CRITIC_TARGETS[target](stage_room.land(x[:, None], taken[:, None], stages), stages, noise)
             loss = tdm.critic_loss(critic(noised.x_BNC[:, 0], stages.tau_B)[:, None], noised).mean()
             optimizers[1].zero_grad()
             loss.backward()
             optimizers[1].step()
-        landing = tdm.land(x[:, None], student(x, stages.start_B)[:, None], stages)
+        landing = stage_room.land(x[:, None], student(x, stages.start_B)[:, None], stages)
         seen = Landing(x_BNC=landing.x_BNC.detach(), x0_BNC=landing.x0_BNC.detach())
         x_tau, tau = CRITIC_TARGETS[target](seen, stages, noise).x_BNC, stages.tau_B
         with torch.no_grad():
@@ -471,7 +473,7 @@ def test_warming_up_takes_the_student_to_the_guided_teacher_and_moves_nothing_el
     metrics = tdm.teach_guidance(student, optimizer_of(student, 0.0), sampled, config, torch.Generator().manual_seed(9))
     fast = {name: p.grad.clone() for name, p in student.parameters.items() if p.grad is not None}
     empty = conditioner.encode([""])[0][None]
-    stages = tdm.draw_stages(sampled.levels_S, sampled.total, config.margin, torch.Generator().manual_seed(9))
+    stages = stage_room.draw_stages(sampled.levels_S, sampled.total, config.margin, torch.Generator().manual_seed(9))
     total = torch.zeros(())
     for batch in sampled.batches:
         for b, i in enumerate(batch.places_B):
@@ -514,7 +516,7 @@ def test_gradients_are_those_of_a_slow_loop(world: tuple[Model, Policy, Policy, 
         with role(model.transformer, name):
             return velocity(model.transformer, x, torch.tensor(tau), text, sampled.grid)
 
-    stages = tdm.draw_stages(sampled.levels_S, sampled.total, config.margin, generator)
+    stages = stage_room.draw_stages(sampled.levels_S, sampled.total, config.margin, generator)
     noise = torch.randn((sampled.total, 4, 64), generator=generator)
     for batch in sampled.batches:
         for b, i in enumerate(batch.places_B):
