@@ -48,7 +48,7 @@ class PortabilityConfig:
     """Strengths of the LoRA on the other model; 1 must be among them."""
     steps: int = 16
     """Denoising steps of the model that the LoRAs were trained on."""
-    guidance: float = 2.0
+    guidance: float = 1.0
     """Krea's g there."""
     turbo_steps: int = 8
     """Denoising steps of the other model."""
