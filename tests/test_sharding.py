@@ -79,7 +79,8 @@ def test_two_processes_do_what_one_does(
     more = [f"full={str(full).lower()}"]
     more += [f"card={str(not full).lower()}"] if algorithm == "tdm" else []
     assert run(monkeypatch, words(files, algorithm, tmp_path / "one", *more, "--processes", "1")) == 0
-    shared = words(files, algorithm, tmp_path / "two", *more, f"shard={str(shard).lower()}")
+    shared = words(files, algorithm, tmp_path / "two", *more, f"shard={str(shard).lower()}",
+                   f"compute.text_store={tmp_path / 'text'}")  # fmt: skip
     assert together(2, tmp_path / "workers", command, shared) == [0, 0]
     one, two = lines(tmp_path / "one"), lines(tmp_path / "two")
     assert [row.keys() for row in two] == [row.keys() for row in one]
