@@ -463,6 +463,12 @@ def test_without_guidance_a_student_that_is_the_teacher_has_nothing_to_learn_fro
     assert metrics["dm"] == metrics["guidance"] == metrics["grad_norm"] == 0.0
 
 
+def test_rates_fall_to_nothing_over_the_warm_up_and_over_what_is_left() -> None:
+    config = TDMConfig(warmup=4, warmup_lr=8.0, lr=1.0)
+    assert [config.lr_at(i, 6) for i in range(1, 7)] == [8.0, 6.0, 4.0, 2.0, 1.0, 0.5]
+    assert TDMConfig(warmup=0, lr=1.0).lr_at(1, 4) == 1.0
+
+
 def test_warming_up_takes_the_student_to_the_guided_teacher_and_moves_nothing_else(
     world: tuple[Model, Policy, Policy, Conditioner],
 ) -> None:

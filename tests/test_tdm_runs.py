@@ -24,8 +24,10 @@ from rlhf_img.model.sampling import sample
 from rlhf_img.report.load import load_run
 from rlhf_img.training import tdm as room
 from rlhf_img.training.adapters import settings_of
+from rlhf_img.training.evaluate import EVAL_SEED
 from rlhf_img.training.export import open_trained
 from rlhf_img.training.panel import Panel
+from rlhf_img.training.samples import draw
 
 SMALL = (
     "tdm.prompts=2", "tdm.images=2", "tdm.num_steps=3", "tdm.guidance=1", "tdm.lr=1e-2", "tdm.warmup=1",
@@ -187,6 +189,23 @@ def test_killed_and_resumed_is_uninterrupted_to_the_bit_with_critic_and_average(
                for key in student if key.startswith("weights/"))  # fmt: skip
     assert critic.keys() == student.keys() and any(not torch.equal(critic[key], student[key]) for key in critic)
     assert json.loads((killed / "eval.json").read_text()) == json.loads((whole / "eval.json").read_text())
+
+
+def test_the_panel_counts_no_more_of_a_reward_than_the_guided_teacher_has(files: Path) -> None:
+    _, job = room.prepare(from_mapping(room.Config, {
+        **settings_of(str(files / "aligned"), room.INHERITED), "teacher": str(files / "aligned"), "full_steps": 3,
+        "tdm": {"num_steps": 2, "guidance": 1.5}, "eval": {"num_steps": 2}, "dtype": "float32",
+    }, "settings"))  # fmt: skip
+    panel = job.panel
+    assert panel is not None
+    with role(job.model.transformer, "teacher"):
+        raw = dataclasses.replace(job.model, is_distilled=False)
+        drawn = draw(raw, job.conditioner, panel.rewards, panel.prompts, [3 * EVAL_SEED + i for i in range(
+            len(panel.prompts))], num_steps=3, guidance=1.5)  # fmt: skip
+    assert panel.at_most() == {"rubric": pytest.approx(float(drawn.scores.values_BK.mean()), abs=1e-6)}
+    for most, counted in ((1e-4, 1e-4), (1.0, panel.look()["panel/rubric"])):
+        capped = dataclasses.replace(panel, at_most=lambda most=most: {"rubric": most})
+        assert capped.look()["panel/score"] == pytest.approx(counted)
 
 
 def test_before_is_the_teacher_at_the_steps_of_the_student(files: Path) -> None:

@@ -56,7 +56,7 @@ class TDMConfig:
     """K, the student's steps. It is made for this number alone."""
     guidance: float = 1.0
     """Krea's g of the teacher, which the student learns to do without; the common scale w is 1 + g."""
-    warmup: int = 80
+    warmup: int = 40
     """Iterations at the start in which the student learns guidance alone: the guided teacher's velocity, where the
     student itself comes along, in as many optimiser steps as the critic takes. 0: none."""
     critic_target: Literal["ambient", "tdm_x0", "dmd"] = "ambient"
@@ -71,10 +71,12 @@ class TDMConfig:
     """How far tau stays from both ends of its stage, as a share of the stage's width."""
     norm_floor: float = 1e-3
     """Least value of the normaliser."""
-    lr: float = 2e-3
-    """The student's learning rate (AdamW) at the start; both fall linearly to 0 over the run."""
-    critic_lr: float = 2e-3
-    """The critic's."""
+    warmup_lr: float = 2e-3
+    """The student's learning rate (AdamW) at the start; it falls linearly to 0 over the warm-up."""
+    lr: float = 2e-4
+    """The student's afterwards; it falls linearly to 0 over what is left."""
+    critic_lr: float = 1e-3
+    """The critic's, which falls linearly to 0 over the run."""
     weight_decay: float = 1e-4
     max_grad_norm: float = 1.0
     """Gradients of each are clipped to this norm."""
@@ -93,12 +95,18 @@ class TDMConfig:
                 "tdm.warmup must be 0 or more": self.warmup >= 0,
                 "tdm.guidance is Krea's g, 0 (off) or more; the common scale w is 1 + g": self.guidance >= 0,
                 "tdm.margin is a share of a stage at each end, above 0 and below 0.5": 0 < self.margin < 0.5,
-                "tdm.lr, tdm.critic_lr, tdm.norm_floor and tdm.huber_c must be above 0":
-                    min(self.lr, self.critic_lr, self.norm_floor, self.huber_c) > 0,
+                "tdm.lr, tdm.warmup_lr, tdm.critic_lr, tdm.norm_floor and tdm.huber_c must be above 0":
+                    min(self.lr, self.warmup_lr, self.critic_lr, self.norm_floor, self.huber_c) > 0,
                 "tdm.ema must lie between 0 and 1, 1 excluded": 0 <= self.ema < 1,
             },
             self,
         )  # fmt: skip
+
+    def lr_at(self, iteration: int, last: int) -> float:
+        """The student's learning rate at an iteration, counted from 1, of a run of `last`."""
+        if iteration <= self.warmup:
+            return self.warmup_lr * (1 - (iteration - 1) / self.warmup)
+        return self.lr * (1 - (iteration - 1 - self.warmup) / (last - self.warmup))
 
 
 def student_grid(model: Model, num_steps: int) -> Float[Tensor, "{num_steps}+1"]:

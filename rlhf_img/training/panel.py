@@ -1,7 +1,7 @@
 """A small validation panel that is looked at while a run goes on, and tells when it was best and when to stop."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from rlhf_img.training.evaluate import EVAL_SEED, EvalConfig
 from rlhf_img.training.likeness import colours
 from rlhf_img.training.prompts import Prompt
 from rlhf_img.training.rundir import RunDir
-from rlhf_img.training.samples import draw_together
+from rlhf_img.training.samples import Drawn, draw_together
 from rlhf_img.training.tensors import read_tensors, write_tensors
 
 SCORE = "panel/score"
@@ -52,24 +52,36 @@ class Panel:
     rewards: Sequence[Reward]
     prompts: Sequence[Prompt]
     settings: EvalConfig
+    at_most: Callable[[], Mapping[str, float]] = dict
+    """Of a reward the most that counts: a student that gives up one thing for more of another than its teacher has is
+    no better for it."""
 
     def look(self) -> dict[str, float]:
         """Measures the averaged weights: `panel/score`, the mean over rewards of their place in their range, each
         reward's mean, and the mean saturation. NaN where nothing could be scored."""
         with self.policy.averaged():
-            drawn = draw_together(
-                self.model, self.conditioner, self.rewards, self.prompts,
-                [3 * EVAL_SEED + i for i in range(len(self.prompts))], num_steps=self.settings.num_steps,
-                guidance=self.settings.guidance,
-            )  # fmt: skip
-        values = {name: drawn.scores.values_BK[:, k].numpy() for k, name in enumerate(drawn.scores.names)}
-        known = {name: v[~np.isnan(v)] for name, v in values.items()}
-        means = {name: float(v.mean()) if v.size else math.nan for name, v in known.items()}
-        places = [_place(means[reward.name], reward.range) for reward in self.rewards]
+            drawn = self.draw(self.model, self.settings.num_steps, self.settings.guidance)
+        means, limits = means_of(drawn), self.at_most()
+        counted = {name: min(mean, limits.get(name, math.inf)) for name, mean in means.items()}
+        places = [_place(counted[reward.name], reward.range) for reward in self.rewards]
         return {
             SCORE: float(np.mean(places)), **{f"panel/{name}": value for name, value in means.items()},
             "panel/saturation": float(np.mean(colours(drawn.images.tensor)["saturation"])),
         }  # fmt: skip
+
+    def draw(self, model: Model, num_steps: int, guidance: float) -> Drawn:
+        """The panel's prompts from its seeds by `model` as it is now, scored."""
+        seeds = [3 * EVAL_SEED + i for i in range(len(self.prompts))]
+        return draw_together(
+            model, self.conditioner, self.rewards, self.prompts, seeds, num_steps=num_steps, guidance=guidance
+        )
+
+
+def means_of(drawn: Drawn) -> dict[str, float]:
+    """Each reward's mean over what was scored; NaN where nothing was."""
+    values = {name: drawn.scores.values_BK[:, k].numpy() for k, name in enumerate(drawn.scores.names)}
+    known = {name: v[~np.isnan(v)] for name, v in values.items()}
+    return {name: float(v.mean()) if v.size else math.nan for name, v in known.items()}
 
 
 def _place(value: float, limits: tuple[float, float]) -> float:

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -25,7 +25,7 @@ from rlhf_img.training.config import RunConfig
 from rlhf_img.training.evaluate import EvalConfig
 from rlhf_img.training.likeness import ARTIFACT, Features, open_features
 from rlhf_img.training.loop import Clock, Job, open_model, train_and_heldout, watched_rewards
-from rlhf_img.training.panel import Panel, PanelConfig
+from rlhf_img.training.panel import Panel, PanelConfig, means_of
 from rlhf_img.training.prompts import Prompt
 from rlhf_img.training.samples import draw_images
 from rlhf_img.training.watch import SentinelConfig
@@ -54,7 +54,7 @@ class Config(RunConfig):
 
     teacher: str | None = None
     """The run, or the folder of a LoRA, that aligned the model; None: the model itself is the teacher."""
-    steps: int = 120
+    steps: int = 60
     checkpoint_every: int = 25
     sample_every: int = 50
     card: bool = True
@@ -128,7 +128,7 @@ def prepare(config: Config) -> tuple[Parts, Job]:
     # From here on the model is sampled as the student will be: at the levels of a distilled checkpoint.
     shipped = dataclasses.replace(model, transformer=student.transformer, is_distilled=True)
     conditioner = Conditioner(model, store=config.compute.text_store)
-    panel, prompts = set_aside(config, shipped, conditioner, student, prompts)
+    panel, prompts = set_aside(config, model, shipped, conditioner, student, start, prompts)
     parts = Parts(
         config=config, model=shipped, student=student, critic=critic, conditioner=conditioner,
         optimizers=optimizers, prompts=prompts,
@@ -150,16 +150,24 @@ def prepare(config: Config) -> tuple[Parts, Job]:
 
 
 def set_aside(
-    config: Config, model: Model, conditioner: Conditioner, student: Policy, prompts: list[Prompt]
-) -> tuple[Panel | None, list[Prompt]]:
-    """The validation panel, and the prompts that are left for training; of fewer than 5 all are for both."""
+    config: Config, model: Model, shipped: Model, conditioner: Conditioner, student: Policy, start: str | None,
+    prompts: list[Prompt],
+) -> tuple[Panel | None, list[Prompt]]:  # fmt: skip
+    """The validation panel, whose rewards count up to the guided teacher's, and the prompts that are left for training;
+    of fewer than 5 all are for both."""
     if not config.panel.every:
         return None, prompts
     count = min(config.panel.prompts, len(prompts) // 5)
+
+    @cache
+    def teachers() -> dict[str, float]:
+        with role(model.transformer, start):
+            return means_of(panel.draw(model, config.full_steps, config.tdm.guidance))
+
     panel = Panel(
-        config=config.panel, model=model, conditioner=conditioner, policy=student,
+        config=config.panel, model=shipped, conditioner=conditioner, policy=student,
         rewards=[r for r in load_rewards(config.rewards) if r.role != "measure"],
-        prompts=prompts[:count] or prompts[: config.panel.prompts], settings=config.eval,
+        prompts=prompts[:count] or prompts[: config.panel.prompts], settings=config.eval, at_most=teachers,
     )  # fmt: skip
     return panel, prompts[count:]
 
@@ -192,10 +200,10 @@ def iteration(parts: Parts, step: int) -> dict[str, float]:
     )  # fmt: skip
     clock.lap("rollout")
     generator = torch.Generator().manual_seed(seed)
-    left = 1 - (step - 1) / config.steps
-    for name, lr in ((POLICY, config.tdm.lr), (CRITIC, config.tdm.critic_lr)):
+    lr = config.tdm.lr_at(step, config.steps)
+    for name, rate in ((POLICY, lr), (CRITIC, config.tdm.critic_lr * (1 - (step - 1) / config.steps))):
         for group in parts.optimizers[name].param_groups:
-            group["lr"] = lr * left
+            group["lr"] = rate
     try:
         learnt: dict[str, float] = {}
         moved: dict[str, float] = {}
@@ -211,4 +219,4 @@ def iteration(parts: Parts, step: int) -> dict[str, float]:
             f"iteration {step}: {error}. The last checkpoint stays; start again with a lower tdm.lr and tdm.critic_lr"
         ) from error
     clock.lap("train")
-    return {**distributed.joint_metrics({**moved, **learnt, **clock.times()}, {}), "lr": config.tdm.lr * left}
+    return {**distributed.joint_metrics({**moved, **learnt, **clock.times()}, {}), "lr": lr}
