@@ -146,8 +146,9 @@ def lora_step(bench: Bench) -> dict[str, float]:
 def online_step(bench: Bench, name: str) -> dict[str, float]:
     """GRPO or NFT without rewards: 10 steps, no guidance, two of them or two draws trained, images decoded."""
     model, size, shared = bench.model, bench.model.default_size, {"prompts": 1, "num_steps": 10, "kl": 0.0}
-    given = {name: {**shared, "group": bench.images, "batch_size": bench.images, **_ONLINE[name]}}
-    settings = from_mapping(_CONFIGS[name], merge(given, _AS_HERE), "settings")
+    kind, own, update = _ONLINE[name]
+    given = {name: {**shared, "group": bench.images, "batch_size": bench.images, **own}}
+    settings = from_mapping(kind, merge(given, _AS_HERE), "settings")
     config = settings.method
     optimizer = torch.optim.AdamW(bench.policy.parameters.values(), lr=1e-5)
     advantages = torch.linspace(-1, 1, bench.images, device=model.device)
@@ -157,18 +158,18 @@ def online_step(bench: Bench, name: str) -> dict[str, float]:
         drawn = rollout.rollout(model, bench.policy, conditioner, [""], config, 0)  # type: ignore[arg-type]
         with torch.no_grad():
             decode(model, drawn.latents(), size, size)
-        if name == "grpo":
-            grpo.update(bench.policy, optimizer, drawn, advantages, config)
-        else:
-            nft.update(bench.policy, optimizer, drawn, advantages, config, iteration=1)
+        update(bench.policy, optimizer, drawn, advantages, config)
 
     seconds = both(bench, run, repeats=1)
     return {**seconds, "images_a_second": bench.images / seconds["ours"],
             **peaks(bench, settings, lambda: run(RandomText(model, stock=False)))}  # fmt: skip
 
 
-_CONFIGS: dict[str, Any] = {"grpo": grpo_room.Config, "nft": nft_room.Config}
-_ONLINE: dict[str, dict[str, Any]] = {"grpo": {"likelihood": "steps", "window": 2}, "nft": {"draws": 2}}
+_ONLINE: dict[str, tuple[Any, dict[str, object], Callable[..., object]]] = {
+    "grpo": (grpo_room.Config, {"likelihood": "steps", "window": 2}, grpo.update),
+    "nft": (nft_room.Config, {"draws": 2}, partial(nft.update, iteration=1)),
+}
+"""A run's settings, what differs from the defaults, and its optimiser step."""
 
 
 def latency(bench: Bench) -> dict[str, float]:

@@ -81,7 +81,7 @@ class TDMConfig:
     max_grad_norm: float = 1.0
     """Gradients of each are clipped to this norm."""
     ema: float = 0.95
-    """Decay, an iteration, of the student's averaged weights."""
+    """Decay, an optimiser step, of the student's averaged weights."""
     batch_size: int = 64
     """Images a forward, at most."""
 

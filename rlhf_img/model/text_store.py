@@ -30,7 +30,9 @@ class TextStore:
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise RlhfImgError(f'compute.text_store: "{folder}" cannot be used: {error.strerror}') from error
+            raise RlhfImgError(
+                f'compute.text_store: "{folder}" cannot be used ({error.strerror}); give a writable folder'
+            ) from error
 
     def __contains__(self, prompt: str) -> bool:
         return self._file(prompt).is_file()

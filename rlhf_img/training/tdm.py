@@ -49,7 +49,7 @@ class Config(RunConfig):
     """A TDM run. Every field can be set in a run file or as `key=value`, nested ones with dots: `tdm.guidance=3`.
 
     `rewards` measure, and do not train. With a teacher, student and critic have the size of its adapter, not `lora`.
-    With `full` they are all weights of the blocks, in two copies of the transformer, and want a lower tdm.lr.
+    With `full` they are all weights of the blocks, in two copies of the transformer, and want lower rates.
     """
 
     teacher: str | None = None
@@ -216,7 +216,8 @@ def iteration(parts: Parts, step: int) -> dict[str, float]:
             moved = tdm.train_student(parts.student, parts.critic, parts.optimizers[POLICY], *shared)
     except FloatingPointError as error:
         raise RunStopped(
-            f"iteration {step}: {error}. The last checkpoint stays; start again with a lower tdm.lr and tdm.critic_lr"
+            f"iteration {step}: {error}. The last checkpoint stays; start again with a lower "
+            f"{'tdm.warmup_lr' if step <= config.tdm.warmup else 'tdm.lr'} and tdm.critic_lr"
         ) from error
     clock.lap("train")
     return {**distributed.joint_metrics({**moved, **learnt, **clock.times()}, {}), "lr": lr}
