@@ -81,6 +81,12 @@ def test_only_characters_that_were_not_asked_for_are_stray() -> None:
     assert sentinels.stray_characters(images, prompts).tolist() == [0.0, 4.0, 2.0]
 
 
+def test_an_image_is_emptied_by_a_quarter_of_the_spread_of_raw_and_more() -> None:
+    raw = torch.tensor([1.0, 3.0, 1.0, 3.0])  # a spread of 1
+    assert sentinels.emptied(raw + torch.tensor([-0.2, -0.3, 0.2, 0.3]), raw).tolist() == [0.0, 1.0, 0.0, -1.0]
+    assert sentinels.emptied(raw, raw).tolist() == [0.0] * 4
+
+
 def test_diversity_is_the_distance_between_images_of_a_prompt() -> None:
     images = torch.zeros(2, 3, 3, 16, 16)
     images[1, 0] = 0.6  # one of three differs by 0.6 from two others: two of three pairs
@@ -128,6 +134,7 @@ def test_a_band_is_four_standard_errors_wide_at_least_and_has_the_sides_that_mat
     assert band(config, "saturation", 64, 64).warn == pytest.approx((0.5 - 4 * 0.0512, 0.5 + 4 * 0.0512), abs=1e-3)
     assert band(config, "saturation", 500, 500).warn == pytest.approx((0.3, 0.7))
     assert band(config, "grid", 500, 500).stop == (None, pytest.approx(0.95))
+    assert band(config, "emptied", 120, 120).warn == (None, pytest.approx(0.5 + 3 * 0.05 / 2))
     assert band(config, "reward/judge", 500, 500).warn == (pytest.approx(0.3), None)
     assert band(SentinelConfig(warn_only=("jpeg",)), "jpeg", 64, 64).stop == (None, None)
     limits = band(config, "saturation", 500, 500)
@@ -206,6 +213,12 @@ def test_a_planted_hack_is_seen_half_way_and_stops_the_run_when_it_is_done(
             assert seen["sentinel/characters"] > 2 * t  # of an image
 
 
+def test_a_few_emptied_images_are_seen_beside_raw_where_all_values_together_still_look_sound(tmp_path: Path) -> None:
+    watch, seen = watched(tmp_path, lambda prompts, seeds: emptied(scenes(prompts, seeds), 0.3))
+    assert [text.split()[0] for text in watch.left(seen)] == ["emptied"] and watch.must_stop(seen) is None
+    assert 0.2 < seen["sentinel/emptied"] < 0.35
+
+
 @pytest.mark.parametrize("other", [1_000, 2_000, 3_000])
 def test_sound_images_of_other_seeds_leave_no_band(other: int, tmp_path: Path) -> None:
     watch, seen = watched(tmp_path, lambda prompts, seeds: scenes(prompts, [seed + other for seed in seeds]))
@@ -216,6 +229,7 @@ def test_the_same_images_stand_in_the_middle_and_have_not_drifted(tmp_path: Path
     _, seen = watched(tmp_path, scenes)
     for name in ("saturation", "grid", "jpeg", "characters", "diversity"):
         assert seen[f"sentinel/{name}/place"] == 0.5
+    assert seen["sentinel/emptied"] == 0.0 and seen["sentinel/emptied/place"] == 0.5
     assert seen["sentinel/drift"] == 0.0 and seen["sentinel/drift/place"] == 0.0
 
 

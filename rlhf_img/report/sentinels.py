@@ -18,6 +18,7 @@ EXPLAINED = {
     "jpeg": "bits a pixel as JPEG: low is empty, high is noise",
     "characters": "characters an image that the prompt does not ask for",
     "diversity": "how different the images of one prompt are",
+    "emptied": "images emptier than Raw's of the same seed, less those fuller, as a share",
     "drift": "distance from Raw's image of the same seed; Raw: of another seed",
 }
 

@@ -23,6 +23,8 @@ from rlhf_img.training.prompts import Prompt
 _JPEG_QUALITY = 85
 _LEVELS = 8
 """Of each channel, in the colours that are counted."""
+_CLEARLY = 0.25
+"""Spreads of Raw by which an image must have changed to count as changed."""
 LEAST_GAIN = 0.2
 """Spreads by which trained rewards must have risen for a ratio to them."""
 
@@ -101,6 +103,17 @@ def jpeg_bits(images: Images) -> Float[Tensor, " B"]:
         return 8 * file.tell() / (image.width * image.height)
 
     return torch.tensor([bits(image) for image in images])
+
+
+def emptied(jpeg_B: Float[Tensor, " B"], raw_B: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
+    """1 where an image is emptier than Raw's of the same prompt and seed, -1 where it is fuller, 0 between.
+
+    By `jpeg_bits`, and by more than a quarter of the spread between Raw's images. The mean is the share of images that
+    lost content less the share that gained some. Things vanish from a few images first, when the values of all images
+    together are still where Raw's are.
+    """
+    change = (raw_B - jpeg_B) / raw_B.std(correction=0).clamp_min(1e-8)
+    return torch.sign(change) * (change.abs() > _CLEARLY)
 
 
 def stray_characters(images: Images, prompts: Sequence[Prompt]) -> Float[Tensor, " B"]:

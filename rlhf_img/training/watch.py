@@ -21,20 +21,33 @@ from rlhf_img.training import distributed
 from rlhf_img.training.evaluate import EVAL_SEED
 from rlhf_img.training.prompts import Prompt
 from rlhf_img.training.rundir import Checkpoint, RunDir
-from rlhf_img.training.sentinels import chance, distance, diversity, image_statistics, place, stray_characters, transfer
+from rlhf_img.training.sentinels import (
+    chance,
+    distance,
+    diversity,
+    emptied,
+    image_statistics,
+    place,
+    stray_characters,
+    transfer,
+)
 
 FILE = "sentinels.json"
 OUT = "sentinel/out"
 STATISTICS = (
     "saturation", "dark_share", "edge_density", "colour_entropy", "grid", "high_freq", "jpeg", "characters",
-    "diversity", "drift",
+    "diversity", "drift", "emptied",
 )  # fmt: skip
 REWARD = "reward/"
 """Prefix of the sentinels that are held-out rewards."""
-_SIDES = {"grid": "above", "characters": "above", "drift": "above", "diversity": "below"}
+_SIDES = {"grid": "above", "characters": "above", "drift": "above", "emptied": "above", "diversity": "below"}
 """Sentinels of which only one side of the band is a bad sign. Held-out rewards too: they must not fall."""
 _ERRORS = 4
 """Standard errors by which the band is at least wide, so that a small panel does not warn by chance."""
+_CHANGED = 0.3
+"""Share of images that a sound run may empty or fill, half of them each: a chance in which `emptied` must not leave."""
+_PAIRED_ERRORS = 3
+"""The same as `_ERRORS` for `emptied`, which has no other band."""
 _LEAST_GAIN = 0.5
 """Spreads by which the trained rewards must have risen before the transfer is judged."""
 
@@ -107,7 +120,10 @@ def _outside(place: float, limits: Limits) -> bool:
 def band(config: SentinelConfig, name: str, now: int, raw: int) -> Band:
     """Of the sentinel `name`, with so many values now and of Raw."""
     side = "below" if name.startswith(REWARD) else _SIDES.get(name)
-    width = max(config.warn - 0.5, _ERRORS * chance(now, raw))
+    if name == "emptied":
+        width = _PAIRED_ERRORS * (_CHANGED / now) ** 0.5 / 2
+    else:
+        width = max(config.warn - 0.5, _ERRORS * chance(now, raw))
 
     def limits(width: float) -> Limits:
         return None if side == "above" else 0.5 - width, None if side == "below" else 0.5 + width
@@ -134,10 +150,12 @@ class Watched:
     draw_raw: Draw
     """As it was before training, or whatever else it is held against."""
 
-    def look(self, draw: Draw, raw: Tensor | None = None) -> tuple[dict[str, Tensor], Tensor]:
+    def look(
+        self, draw: Draw, raw: tuple[Mapping[str, Tensor], Tensor] | None = None
+    ) -> tuple[dict[str, Tensor], Tensor]:
         """Values of every sentinel and reward, and small images (B, 3, 8, 8).
 
-        `raw`: the small images of Raw; None: this is Raw.
+        `raw`: what this returned of Raw; None: this is Raw.
         """
         each, mine = self.config.images, distributed.share(len(self.prompts))
         prompts = [self.prompts[i] for i in mine for _ in range(each)]
@@ -155,7 +173,10 @@ class Watched:
         # at 8 bits, as the file holds them, so that a resumed run compares with the same
         small = self._gathered(adaptive_avg_pool2d(images.tensor.float(), 8), len(mine)).mul(255).round() / 255
         # of Raw: how far apart two seeds of a prompt are
-        seen["drift"] = seen["diversity"] if raw is None else distance(small, raw).double()
+        seen["drift"] = seen["diversity"] if raw is None else distance(small, raw[1]).double()
+        seen["emptied"] = torch.zeros_like(seen["jpeg"])
+        if raw is not None and "jpeg" in raw[0]:
+            seen["emptied"] = emptied(seen["jpeg"], raw[0]["jpeg"])
         return {name: values for name, values in seen.items() if name not in self.config.off}, small
 
     def _gathered(self, values: Tensor, prompts: int) -> Tensor:
@@ -197,7 +218,7 @@ class Watch:
     def look(self, step: int) -> dict[str, float]:
         """Metrics after iteration `step`: of each sentinel `sentinel/NAME` in its own units and `sentinel/NAME/place`,
         how many have left their bands, and `transfer/NAME` of every held-out reward."""
-        now, _ = self._watched.look(self._watched.draw, self._small)
+        now, _ = self._watched.look(self._watched.draw, (self._raw, self._small))
         metrics = {}
         for name in self._bands:
             metrics[f"sentinel/{name}"] = float(now[name].nanmean())
