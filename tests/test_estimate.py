@@ -89,15 +89,20 @@ def one_tdm(config: Any, model: Model, roles: list[Policy], optimizers: list[tor
     generator = torch.Generator().manual_seed(0)
     for _ in range(config.tdm.critic_updates):
         tdm.train_critic(roles[1], optimizers[1], drawn, config.tdm, generator)
-    tdm.train_student(roles[0], roles[1], optimizers[0], drawn, config.tdm, generator)
+    if not config.tdm.warmup:
+        tdm.train_student(roles[0], roles[1], optimizers[0], drawn, config.tdm, generator)
+    for _ in range(config.tdm.warmup_updates if config.tdm.warmup else 0):
+        tdm.teach_guidance(roles[0], optimizers[0], drawn, config.tdm, generator)
 
 
 PROMPT = ["a red circle on a grey background"]
+SMALL_TDM = ("tdm.prompts=3", "tdm.images=2", "tdm.num_steps=4", "eval.num_steps=4", "tdm.batch_size=6")
 STEPS = {
     "grpo": (one_grpo, ("grpo.prompts=2", "grpo.group=4", "grpo.num_steps=3", "grpo.draws=2", "grpo.batch_size=8")),
     "dpo": (one_dpo, ("pairs=x", "dpo.pairs=3", "dpo.batch_size=6")),
     "sft": (one_sft, ("sft.images=4", "sft.draws=3", "sft.batch_size=6")),
-    "tdm": (one_tdm, ("tdm.prompts=3", "tdm.images=2", "tdm.num_steps=4", "eval.num_steps=4", "tdm.batch_size=6")),
+    "tdm": (one_tdm, (*SMALL_TDM, "tdm.warmup=0")),
+    "tdm warm-up": (one_tdm, (*SMALL_TDM, "tdm.warmup_updates=3")),
 }
 
 
@@ -107,6 +112,7 @@ def test_a_step_needs_what_was_predicted(algorithm: str, settings: tuple[str, ..
     if settings and algorithm in ("dpo", "sft") and "full=true" not in settings:
         pytest.skip("checkpointing is the same for all")
     one, small = STEPS[algorithm]
+    algorithm = algorithm.split()[0]
     config = config_of(algorithm, *small, *settings)
     model = load("playground", device="cpu", dtype=torch.float32)
     text = len(Conditioner(model).encode(PROMPT)[0])

@@ -7,5 +7,5 @@ from rlhf_img.playground.data import prompts
 
 folder = Path(sys.argv[1])
 folder.mkdir(parents=True, exist_ok=True)
-for split, count in (("train", 4096), ("heldout", 1024)):
+for split, count in (("train", 4096), ("heldout", 2048)):
     (folder / f"{split}.txt").write_text("\n".join(prompts(split, count)) + "\n")

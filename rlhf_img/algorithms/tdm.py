@@ -58,7 +58,9 @@ class TDMConfig:
     """Krea's g of the teacher, which the student learns to do without; the common scale w is 1 + g."""
     warmup: int = 40
     """Iterations at the start in which the student learns guidance alone: the guided teacher's velocity, where the
-    student itself comes along, in as many optimiser steps as the critic takes. 0: none."""
+    student itself comes along. 0: none."""
+    warmup_updates: int = 8
+    """Optimiser steps of the student in each of them, on stages of its own: drawing costs as much as three of them."""
     critic_target: Literal["ambient", "tdm_x0", "dmd"] = "ambient"
     """What the critic learns: the exact score of what the student lands on, or one of two published stand-ins."""
     critic_updates: int = 2
@@ -87,11 +89,11 @@ class TDMConfig:
 
     def __post_init__(self) -> None:
         """Raises RlhfImgError for values that cannot work together."""
-        counts = (self.prompts, self.images, self.num_steps, self.critic_updates, self.batch_size)
+        counts = (self.prompts, self.images, self.num_steps, self.warmup_updates, self.critic_updates, self.batch_size)
         require(
             {
-                "tdm.prompts, tdm.images, tdm.num_steps, tdm.critic_updates and tdm.batch_size must be 1 or more":
-                    min(counts) >= 1,
+                "tdm.prompts, tdm.images, tdm.num_steps, tdm.warmup_updates, tdm.critic_updates and tdm.batch_size "
+                "must be 1 or more": min(counts) >= 1,
                 "tdm.warmup must be 0 or more": self.warmup >= 0,
                 "tdm.guidance is Krea's g, 0 (off) or more; the common scale w is 1 + g": self.guidance >= 0,
                 "tdm.margin is a share of a stage at each end, above 0 and below 0.5": 0 < self.margin < 0.5,

@@ -91,12 +91,14 @@ def plan_of(config: RunConfig) -> Plan:
             return _online(config)
         case tdm.Config():
             c, images = config.tdm, config.tdm.prompts * config.tdm.images
-            at_once, judges = min(c.batch_size, images), 3 if c.guidance > 0 else 2
+            at_once, guided = min(c.batch_size, images), int(c.guidance > 0)
+            # Of both kinds of iterations, one of the warm-up is the costlier one.
+            updates, judges = (c.warmup_updates, 1 + guided) if c.warmup else (1, 2 + guided)
             return Plan(
                 works=(
                     Work(phase="rollout", images=c.num_steps * images, at_once=at_once),
-                    Work(phase="train", images=(c.critic_updates + 1) * images, at_once=at_once, train=True),
-                    Work(phase="reference", images=judges * images, at_once=at_once, during="train"),
+                    Work(phase="train", images=(c.critic_updates + updates) * images, at_once=at_once, train=True),
+                    Work(phase="reference", images=judges * updates * images, at_once=at_once, during="train"),
                 ),
                 prompts=c.prompts, roles=2, started=config.teacher is not None, latents=images * (c.num_steps + 1),
             )  # fmt: skip

@@ -210,10 +210,11 @@ def iteration(parts: Parts, step: int) -> dict[str, float]:
         shared = sampled, config.tdm, generator, distributed.average_gradients
         for _ in range(config.tdm.critic_updates):
             learnt = tdm.train_critic(parts.critic, parts.optimizers[CRITIC], *shared)
-            if step <= config.tdm.warmup:
-                moved = tdm.teach_guidance(parts.student, parts.optimizers[POLICY], *shared)
         if step > config.tdm.warmup:
             moved = tdm.train_student(parts.student, parts.critic, parts.optimizers[POLICY], *shared)
+        else:
+            for _ in range(config.tdm.warmup_updates):
+                moved = tdm.teach_guidance(parts.student, parts.optimizers[POLICY], *shared)
     except FloatingPointError as error:
         raise RunStopped(
             f"iteration {step}: {error}. The last checkpoint stays; start again with a lower "
