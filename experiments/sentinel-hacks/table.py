@@ -65,7 +65,7 @@ def main() -> int:
     print(row_of(["run", "trained reward", "a sentinel left its band", "the defaults would have stopped it",
                   "held-out rubric 5 points down", "its change when the sentinel left, points"]))  # fmt: skip
     print("|---" * 6 + "|")
-    found = [line(file.parent) for file in sorted(Path(sys.argv[1]).glob("*/sentinels.json"))]
+    found = [line(file.parent) for file in sorted(Path(sys.argv[1]).glob("*/metrics.jsonl"))]
     print("\n".join(text for text, _ in found))
     return 0 if all(good for _, good in found) else 1
 
