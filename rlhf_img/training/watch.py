@@ -45,7 +45,7 @@ _SIDES = {"grid": "above", "characters": "above", "drift": "above", "emptied": "
 _ERRORS = 4
 """Standard errors by which the band is at least wide, so that a small panel does not warn by chance."""
 _CHANGED = 0.3
-"""Share of images that a sound run may empty or fill, half of them each: a chance in which `emptied` must not leave."""
+"""Share of images that a sound run may change in either direction; by such chance `emptied` must not leave its band."""
 _PAIRED_ERRORS = 3
 """The same as `_ERRORS` for `emptied`, which has no other band."""
 _LEAST_GAIN = 0.5
