@@ -2,11 +2,13 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from test_training import run
 from tiny import PROMPTS, save_tiny, tiny_model
 
@@ -164,6 +166,29 @@ def test_loras_are_found_or_it_is_said_what_is_missing(files: Path, tmp_path: Pa
         find_loras(tmp_path, config, ())
     assert find_loras(tmp_path, config, (Prompt("a"), Prompt("b")))[0].target is None
     assert dataclasses.asdict(config)["threshold"] == 0.7
+
+
+def test_what_was_trained_is_what_is_drawn_and_scored(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run acts as its model with the run's LoRA, for `sample` and for `eval`; neither as the model alone."""
+    finished = tmp_path / "run"
+    shutil.copytree(files / "loras" / "loud", finished / "lora")
+    (finished / "config.yaml").write_text(f"algorithm: grpo\nconfig: {{model: {files / 'model'}}}\n")
+    ways = ([str(files / "model")], [str(files / "model"), "--lora", str(files / "loras" / "loud")], [str(finished)])
+    drawn = []
+    for i, way in enumerate(ways):
+        words = ["sample", PROMPTS[0], "--steps", "2", "--out", str(tmp_path / str(i)), "--model", *way]
+        assert run(monkeypatch, words) == 0
+        drawn.append(np.asarray(Image.open(tmp_path / str(i) / "000.png"), dtype=float))
+    assert np.abs(drawn[0] - drawn[1]).max() > 20 and np.abs(drawn[1] - drawn[2]).max() <= 1
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    capsys.readouterr()
+    words = ["eval", "models", *(way[-1] for way in (ways[0], ways[2])), "--prompts", str(tmp_path / "prompts.txt"),
+             "--steps", "2", "--rewards", f"rubric,{files / 'bright.py'}:bright", "--json"]  # fmt: skip
+    assert run(monkeypatch, words) == 0
+    before, after = (r["rewards"]["bright"]["mean"] for r in json.loads(capsys.readouterr().out))
+    assert abs(before - after) > 1e-3
 
 
 def test_eval_without_a_word_means_models(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

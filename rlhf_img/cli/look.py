@@ -103,13 +103,11 @@ def _print_scores(results: list[dict[str, Any]]) -> None:
 
 def _load(name: str, lora: Path | None) -> "Model":
     """A model, or what a run has trained, with a LoRA on top."""
-    from rlhf_img.model.export import load_lora
-    from rlhf_img.model.lora import roles
+    from rlhf_img.model.export import load_lora, merge
     from rlhf_img.training.export import open_trained
 
-    model = open_trained(name, merged=lora is not None)
+    model = open_trained(name)
     if lora is not None:
         load_lora(model, lora, "lora")
-    for role in roles(model.transformer):
-        model.transformer.set_adapter(role)
+        merge(model, "lora")
     return model
