@@ -132,12 +132,14 @@ def test_transfer_on_held_out_prompts_by_hand() -> None:
 def test_a_band_is_four_standard_errors_wide_at_least_and_has_the_sides_that_matter() -> None:
     config = SentinelConfig(warn=0.7, stop=0.95)
     assert band(config, "saturation", 64, 64).warn == pytest.approx((0.5 - 4 * 0.0512, 0.5 + 4 * 0.0512), abs=1e-3)
-    assert band(config, "saturation", 500, 500).warn == pytest.approx((0.3, 0.7))
+    assert band(config, "jpeg", 500, 500).warn == pytest.approx((0.3, 0.7))
+    assert band(config, "saturation", 500, 500).warn == pytest.approx((0.35, 0.65))
+    assert band(config, "saturation", 500, 500).stop == pytest.approx((0.05, 0.95))
     assert band(config, "grid", 500, 500).stop == (None, pytest.approx(0.95))
     assert band(config, "emptied", 120, 120).warn == (None, pytest.approx(0.5 + 3 * 0.05 / 2))
     assert band(config, "reward/judge", 500, 500).warn == (pytest.approx(0.3), None)
     assert band(SentinelConfig(warn_only=("jpeg",)), "jpeg", 64, 64).stop == (None, None)
-    limits = band(config, "saturation", 500, 500)
+    limits = band(config, "jpeg", 500, 500)
     assert limits.left(0.71) and limits.left(0.29) and not limits.left(0.69) and not limits.left(math.nan)
     assert limits.far(0.96) and not limits.far(0.94)
 
