@@ -23,7 +23,7 @@ from rlhf_img.rewards.artifact_measure import evaluate, heat_hits
 from rlhf_img.rewards.artifact_training import ArtifactTraining, train_artifact
 from rlhf_img.rewards.defects import CLASSES, inject
 from rlhf_img.rewards.folder_images import read_folder, summary
-from rlhf_img.rewards.photo_defects import INJECTORS, regions
+from rlhf_img.rewards.photo_defects import INJECTORS, prepared
 from rlhf_img.rewards.photo_pairs import Photographs
 from rlhf_img.rewards.protocol import Images
 from rlhf_img.rubrics.schema import Rubric
@@ -171,7 +171,8 @@ def test_defects_of_photographs_are_visible_local_repeatable_and_of_many_sizes(s
     for seed in range(24):
         rng = np.random.default_rng(seed)
         image = source._crop("train", rng)
-        before, objects = image.copy(), regions(image, rng)
+        image, objects = prepared(name, image, rng)
+        before = image.copy()
         damaged, again = (inject(name, image, objects, np.random.default_rng(seed), injectors=INJECTORS)
                           for _ in range(2))
         assert (image == before).all()

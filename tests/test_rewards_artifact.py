@@ -20,7 +20,7 @@ from rlhf_img.rewards.artifact_measure import auc
 from rlhf_img.rewards.artifact_model import WEIGHTS, DefectNet, load_detector, log_p_clean
 from rlhf_img.rewards.artifact_pairs import make_pairs
 from rlhf_img.rewards.artifact_training import ArtifactTraining, train_artifact
-from rlhf_img.rewards.defects import CLASSES, inject, object_masks, permitted
+from rlhf_img.rewards.defects import CLASSES, GARBLED, glyph_masks, inject, object_masks, parts_of, permitted
 from rlhf_img.rewards.heat import overlay
 from rlhf_img.rewards.protocol import Images
 from rlhf_img.rubrics.schema import Requirement, Rubric
@@ -45,12 +45,22 @@ def test_object_masks_cover_what_is_drawn():
     assert masks[1].sum() == pytest.approx(12.32**2, rel=0.1)
 
 
+def test_glyph_masks_are_the_letters_and_nothing_is_garbled_where_nothing_is_written():
+    things = (Thing(shape="circle", color="red", size="small", x=32, y=40, radius=7),)
+    scene = Scene(things=things, background="black", word="CAT", word_at_top=True)
+    masks, image = glyph_masks(scene), render(scene)
+    assert len(masks) == 3
+    written = image.min(axis=-1) > 110
+    assert (written & masks.any(axis=0)).sum() / (written | masks.any(axis=0)).sum() > 0.95
+    assert inject(GARBLED, image, parts_of(replace(scene, word=None), GARBLED), np.random.default_rng(0)) is None
+
+
 @pytest.mark.parametrize("name", CLASSES)
 def test_every_defect_is_clearly_visible_local_to_its_scene_and_repeatable(name):
     found = 0
     for seed in range(12):
-        scene = replace(sample_scene(np.random.default_rng(seed)), style=None)
-        image, objects = render(scene), object_masks(scene)
+        scene = replace(sample_scene(np.random.default_rng(seed)), style=None, word="CAT" if name == GARBLED else None)
+        image, objects = render(scene), parts_of(scene, name)
         before = image.copy()
         damaged = inject(name, image, objects, np.random.default_rng(seed))
         assert (image == before).all()

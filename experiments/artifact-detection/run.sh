@@ -1,7 +1,7 @@
 #!/bin/sh
 # Trains a detector on photographs for each seed, measures it and the shipped one, and prints the tables.
 # From the root: sh experiments/artifact-detection/run.sh. A run that was stopped goes on.
-# Smaller: STEPS=400 PAIRS=140; other seeds: SEEDS="0"; elsewhere: OUT=DIR.
+# Smaller: STEPS=400 PAIRS=135; other seeds: SEEDS="0"; elsewhere: OUT=DIR.
 set -eu
 here=$(dirname "$0")
 out=${OUT:-runs/artifact-detection}
@@ -11,6 +11,6 @@ rlhf=${RLHF_IMG:-rlhf-img}
 for seed in ${SEEDS:-0 1 2}; do
   weights="$out/photos-$seed/artifact.safetensors"
   [ -f "$weights" ] && continue
-  $rlhf reward train artifact --images "$out/photos" --steps "${STEPS:-4000}" --seed "$seed" --out "$weights" --resume
+  $rlhf reward train artifact --images "$out/photos" --steps "${STEPS:-1000}" --seed "$seed" --out "$weights" --resume
 done
-$python "$here/table.py" "$out" --seeds ${SEEDS:-0 1 2} --pairs "${PAIRS:-1022}"
+$python "$here/table.py" "$out" --seeds ${SEEDS:-0 1 2} --pairs "${PAIRS:-1026}"

@@ -21,9 +21,14 @@ def render(scene: Scene, seed: int = 0) -> np.ndarray:
         _draw_thing(draw, thing)
     if scene.word:
         ink = (20, 20, 20) if scene.background == "white" else (245, 245, 245)
-        draw_word(draw, scene.word, 10 if scene.word_at_top else SIZE - 10, ink)
+        draw_word(draw, scene.word, word_y(scene), ink)
     image = image.resize((SIZE, SIZE), Image.Resampling.BOX)
     return _apply_style(image, scene.style, seed)
+
+
+def word_y(scene: Scene) -> float:
+    """The row in the middle of a scene's word, if it has one."""
+    return 10 if scene.word_at_top else SIZE - 10
 
 
 def draw_word(draw: ImageDraw.ImageDraw, word: str, y: float, ink: tuple[int, int, int] | int) -> None:

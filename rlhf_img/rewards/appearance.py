@@ -89,7 +89,7 @@ def random_look(batch: int, side: int, generator: torch.Generator) -> Look:
 
     soft = sometimes(0.3, uniform(1.0, 2.2))
     blur = torch.where(soft > 0, soft, sometimes(0.6, uniform(0.2, 1.0)))
-    grain = sometimes(0.25, uniform(6, 22) / 255)
+    grain = sometimes(0.25, uniform(6, 26) / 255)
     mono = torch.randn(batch, 1, side, side, generator=generator) * grain[:, None, None, None]
     hiss = sometimes(0.3, uniform(0.5, 3) / 255)[:, None, None, None]
     coarse = torch.randn(batch, 3, side // 8, side // 8, generator=generator)
@@ -100,21 +100,21 @@ def random_look(batch: int, side: int, generator: torch.Generator) -> Look:
         blur_B=blur,
         sharpen_B=sometimes(0.3, uniform(0.1, 0.7)),
         mottle_B3HW=mottle * sometimes(0.3, uniform(0.002, 0.015))[:, None, None, None],
-        vignette_B=sometimes(0.25, uniform(0.2, 0.75)),
+        vignette_B=sometimes(0.3, uniform(0.2, 0.95)),
         noise_B3HW=mono + torch.randn(batch, 3, side, side, generator=generator) * hiss,
         grain_B=grain,
+        jpeg_B=sometimes(0.3, uniform(math.log(12), math.log(95)).exp()).round(),
     )
 
 
 def photo_look(batch: int, side: int, generator: torch.Generator) -> Look:
-    """Looks of photographs: those of `random_look`, blurs in proportion to the side, stronger tones, depth, JPEG."""
+    """Looks of photographs: those of `random_look`, blurs in proportion to the side, stronger tones, depth, noise."""
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:
         return torch.rand(batch, *shape, generator=generator) * (high - low) + low
 
     look = random_look(batch, side, generator)
     deep = torch.rand(batch, generator=generator) < 0.3
-    compressed = torch.rand(batch, generator=generator) < 0.4
     noisy = torch.where(torch.rand(batch, generator=generator) < 0.15, uniform(8, 20) / 255, torch.zeros(()))
     noise = torch.randn(batch, 3, side, side, generator=generator) * noisy[:, None, None, None]
     return replace(
@@ -123,7 +123,6 @@ def photo_look(batch: int, side: int, generator: torch.Generator) -> Look:
         blur_B=look.blur_B * side / 64,
         depth_blur_B=torch.where(deep, uniform(0.7, 3.2), torch.zeros(())) * side / 64,
         depth_B1HW=_depth(batch, side, generator),
-        jpeg_B=torch.where(compressed, uniform(12, 95), torch.zeros(())).round(),
         noise_B3HW=look.noise_B3HW + noise,
         color_noise_B=noisy,
     )

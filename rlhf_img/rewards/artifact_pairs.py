@@ -12,7 +12,7 @@ from torch import Tensor
 from rlhf_img.playground.render import render
 from rlhf_img.playground.scene import SIZE, STYLES, Scene, Split, sample_scene
 from rlhf_img.rewards.appearance import Look, random_look
-from rlhf_img.rewards.defects import CLASSES, inject, object_masks
+from rlhf_img.rewards.defects import CLASSES, inject, parts_of
 
 CleanTransform = Callable[[Tensor], Tensor]
 """Leaves a clean image clean, such as a VAE's reconstruction: (B, 3, H, W) in [0, 1] to the same."""
@@ -100,7 +100,7 @@ def make_pairs(
         scene = _off_grid(replace(sample_scene(rng, split), style=None), rng)
         image = render(scene)
         k = len(clean) % len(CLASSES)
-        broken = inject(CLASSES[k], image, object_masks(scene), rng)
+        broken = inject(CLASSES[k], image, parts_of(scene, CLASSES[k]), rng)
         if broken is None:
             continue
         clean.append(image)
@@ -123,7 +123,8 @@ def twins(
             x[half], y[half] = transform(x[half]).clamp(0, 1), transform(y[half]).clamp(0, 1)
     look, other = looks
     restyled, x, y = other(x), look(x), look(y)
-    mask = (x - y).abs().amax(dim=1) > (0.12 + 1.5 * look.grain_B)[:, None, None]
+    noise_B = look.grain_B if look.color_noise_B is None else look.grain_B + look.color_noise_B
+    mask = (x - y).abs().amax(dim=1) > (0.12 + 1.5 * noise_B)[:, None, None]
     return Pairs(clean_B3HW=x, damaged_B3HW=y, restyled_B3HW=restyled, appearance_BA=look.appearance(),
                  class_B=torch.tensor(classes), mask_BHW=mask, visible_B=mask.sum(dim=(1, 2)) >= _VISIBLE_PX)
 

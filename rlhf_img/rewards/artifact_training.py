@@ -23,10 +23,10 @@ from rlhf_img.rewards.backbones import open_backbone
 from rlhf_img.rewards.calibration import calibrate
 from rlhf_img.rewards.defects import APPEARANCES, CLASSES
 
-_WATCHED = 140
+_WATCHED = 135
 """Held-out pairs on which the curve is drawn while training."""
 
-_CALIBRATED = 280
+_CALIBRATED = 270
 """Pairs on which probabilities are calibrated."""
 
 
@@ -41,8 +41,8 @@ class ArtifactTraining:
     save_every: steps between checkpoints.
     """
 
-    steps: int = 4000
-    pairs: int = 28
+    steps: int = 6000
+    pairs: int = 27
     labelled: int = 14
     lr: float = 3e-3
     weight_decay: float = 1e-2

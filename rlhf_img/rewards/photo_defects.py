@@ -7,12 +7,25 @@ photograph would be found by its flatness. Sizes grow with the picture's side; p
 import colorsys
 
 import numpy as np
+from PIL import Image as PIL
+from PIL import ImageDraw, ImageFont
 from scipy import ndimage
 from skimage.draw import line
 from skimage.segmentation import felzenszwalb
 
-from rlhf_img.rewards.defects import CLASSES, Image, Injector, malformed_outline
+from rlhf_img.rewards.defects import (
+    CLASSES,
+    GARBLED,
+    Image,
+    Injector,
+    garbled_glyph,
+    letters_of,
+    malformed_outline,
+)
 from rlhf_img.rewards.masks import center_of, color_of, disc, nearest_points, pick, point_in, radius_of, ragged_blob
+
+_FINE = 4
+"""Words are drawn this many times larger and averaged down, which antialiases them."""
 
 
 def regions(image: Image, rng: np.random.Generator) -> np.ndarray:
@@ -32,6 +45,30 @@ def regions(image: Image, rng: np.random.Generator) -> np.ndarray:
     return np.stack(chosen)
 
 
+def prepared(name: str, image: Image, rng: np.random.Generator) -> tuple[Image, np.ndarray]:
+    """The clean picture that a defect of this class can break, and masks (N, H, W) of its parts: regions, or letters.
+
+    A letter needs a word, which a picture seldom has: one is written into it. Its clean twin has it too, so that
+    writing itself is no defect.
+    """
+    return lettered(image, rng) if name == GARBLED else (image, regions(image, rng))
+
+
+def lettered(image: Image, rng: np.random.Generator) -> tuple[Image, np.ndarray]:
+    """The picture with a word of 2 to 5 signs of random size, place and colour, and masks of its letters."""
+    height, width = image.shape[:2]
+    word = "".join(rng.choice(list("ABCDEFGHJKLMNPQRSTUVWXYZ23456789"), int(rng.integers(2, 6))))
+    font = ImageFont.load_default(size=rng.uniform(0.9, 1.5) * _FINE * width / len(word))
+    canvas = PIL.new("L", (width * _FINE, height * _FINE))
+    x, y = rng.uniform((0.42, 0.15), (0.58, 0.85)) * (width * _FINE, height * _FINE)
+    ImageDraw.Draw(canvas).text((x, y), word, fill=255, font=font, anchor="mm", stroke_width=int(rng.integers(0, 4)))
+    ink_HW = np.asarray(canvas.resize((width, height), PIL.Resampling.BOX)) / 255
+    dark = image[ink_HW > 0].mean() > 128 if (ink_HW > 0).any() else True
+    value = rng.uniform(0, 0.25) if dark else rng.uniform(0.8, 1)
+    color = np.array(colorsys.hsv_to_rgb(rng.random(), rng.uniform(0, 0.6), value)) * 255
+    return _blend(image, color, ink_HW), letters_of(ink_HW)
+
+
 def torn_edge(image: Image, objects: np.ndarray, rng: np.random.Generator) -> Image:
     """A ragged bite out of a region's outline, filled with what lies further out, and torn-off crumbs beside it."""
     thing = pick(objects, rng)
@@ -49,22 +86,30 @@ def torn_edge(image: Image, objects: np.ndarray, rng: np.random.Generator) -> Im
 
 
 def fused_shapes(image: Image, objects: np.ndarray, rng: np.random.Generator) -> Image:
-    """Two regions grown together by a bridge of the one's texture; or a second copy grown out of one region."""
+    """Two regions grown together by a bridge of the one's texture; or one grown on with the texture of another."""
     out = image.copy()
     first, second = (objects[i] for i in rng.choice(len(objects), 2, replace=False))
-    if rng.random() < 0.4 and not (ndimage.binary_dilation(first, iterations=3) & second).any():
+    if rng.random() < 0.5 and not (ndimage.binary_dilation(first, iterations=3) & second).any():
         (ya, xa), (yb, xb) = nearest_points(first, second)
-        bridge = np.zeros(first.shape, dtype=bool)
-        bridge[line(ya, xa, yb, xb)] = True
-        bridge = ndimage.binary_dilation(bridge, disc(rng.uniform(0.025, 0.06) * _side(image)))
-        bridge &= ~first & ~second
-        center_y, center_x = center_of(first)
-        middle_y, middle_x = center_of(bridge) if bridge.any() else (ya, xa)
-        out[bridge] = _moved(image, middle_y - center_y, middle_x - center_x)[bridge]
-        return out
-    angle, reach = rng.uniform(0, 2 * np.pi), rng.uniform(0.6, 1.2) * _reach(first)
-    dy, dx = round(reach * np.sin(angle)), round(reach * np.cos(angle))
-    copy = ndimage.shift(first, (dy, dx), order=0) & ~first
+        grown = np.zeros(first.shape, dtype=bool)
+        grown[line(ya, xa, yb, xb)] = True
+        grown = ndimage.binary_dilation(grown, disc(rng.uniform(0.025, 0.06) * _side(image))) & ~first & ~second
+        texture = first
+    else:
+        grown = ndimage.shift(first, _some_way(first, rng), order=0) & ~first
+        texture = second
+    if grown.any():
+        (y, x), (source_y, source_x) = center_of(grown), center_of(texture)
+        out[grown] = _moved(image, y - source_y, x - source_x)[grown]
+    return out
+
+
+def duplicate(image: Image, objects: np.ndarray, rng: np.random.Generator) -> Image:
+    """A second copy of a region grown out of it: the same texture twice, side by side."""
+    thing = pick(objects, rng)
+    dy, dx = _some_way(thing, rng)
+    copy = ndimage.shift(thing, (dy, dx), order=0) & ~thing
+    out = image.copy()
     out[copy] = _moved(image, dy, dx)[copy]
     return out
 
@@ -144,7 +189,8 @@ def color_bleed(image: Image, objects: np.ndarray, rng: np.random.Generator) -> 
 
 
 INJECTORS: dict[str, Injector] = dict(zip(
-    CLASSES, (torn_edge, fused_shapes, hole, speckle, seam, color_bleed, malformed_outline), strict=True))
+    CLASSES, (torn_edge, fused_shapes, duplicate, hole, speckle, seam, color_bleed, malformed_outline, garbled_glyph),
+    strict=True))
 """By the same names as on the playground, so that the same network and the same reward read the weights."""
 
 
@@ -155,6 +201,12 @@ def _side(image: Image) -> int:
 def _reach(thing: np.ndarray) -> float:
     """The region's radius; of long or large ones no more than a fifth of the picture's side, to stay local."""
     return min(radius_of(thing), 0.2 * min(thing.shape))
+
+
+def _some_way(thing: np.ndarray, rng: np.random.Generator) -> tuple[int, int]:
+    """Rows and columns by which a region's copy overlaps it in part."""
+    angle, reach = rng.uniform(0, 2 * np.pi), rng.uniform(0.6, 1.2) * _reach(thing)
+    return round(reach * np.sin(angle)), round(reach * np.cos(angle))
 
 
 def _moved(image: Image, dy: int, dx: int) -> Image:

@@ -15,7 +15,7 @@ from rlhf_img.rewards.appearance import in_every_style, photo_look
 from rlhf_img.rewards.artifact_pairs import CleanTransform, Pairs, twins
 from rlhf_img.rewards.defects import CLASSES, inject
 from rlhf_img.rewards.folder_images import Folder
-from rlhf_img.rewards.photo_defects import INJECTORS, regions
+from rlhf_img.rewards.photo_defects import INJECTORS, prepared
 
 _PATIENCE = 50
 """Crops tried for one pair before giving up: some crops are nothing but sky."""
@@ -66,15 +66,15 @@ class Photographs:
             tries += 1
             if tries > _PATIENCE * n:
                 raise RlhfImgError("no defect shows in these pictures: are they empty or very dark? Give photographs")
-            image = self._crop(split, rng)
             name = CLASSES[len(clean) % len(CLASSES)]
-            broken = inject(name, image, regions(image, rng), rng, injectors=INJECTORS)
+            image, parts = prepared(name, self._crop(split, rng), rng)
+            broken = inject(name, image, parts, rng, injectors=INJECTORS)
             if broken is not None:
                 clean.append(image)
                 damaged.append(broken)
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
-        looks = photo_look(n, self.side, generator), photo_look(n, self.side, generator)
-        return twins(clean, damaged, [k % len(CLASSES) for k in range(n)], looks, transform)
+        first, second = (photo_look(n, self.side, generator) for _ in range(2))
+        return twins(clean, damaged, [k % len(CLASSES) for k in range(n)], (first, second), transform)
 
     def styled(self, n: int, seed: int) -> Iterator[tuple[str, Tensor]]:
         """Clean crops of held-out pictures as they are, and in each style at three strengths."""

@@ -30,7 +30,7 @@ from rlhf_img.playground.scene import (
     sample_scene,
     splits_of,
 )
-from rlhf_img.rewards.defects import CLASSES, inject, object_masks
+from rlhf_img.rewards.defects import CLASSES, inject, parts_of
 from rlhf_img.rubrics import vision
 from rlhf_img.rubrics.checks import find_check
 from rlhf_img.rubrics.questions import question_of
@@ -69,7 +69,8 @@ def asked_damaged(rng: np.random.Generator, split: Split, questions: int) -> Ask
     """A random scene with a structural defect; the exact checks on its pixels give the answers."""
     while True:
         scene = replace(_scene(rng, split), style=None)
-        image = inject(CLASSES[rng.integers(len(CLASSES))], render(scene), object_masks(scene), rng)
+        name = CLASSES[rng.integers(len(CLASSES))]
+        image = inject(name, render(scene), parts_of(scene, name), rng)
         if image is not None:
             return asked_image(image, scene, rng, questions)
 

@@ -17,7 +17,7 @@ from rlhf_img.playground.captions import caption
 from rlhf_img.playground.render import render
 from rlhf_img.playground.scene import Scene, break_scene, sample_scene
 from rlhf_img.rewards import Images, Reward, apply_gates, score
-from rlhf_img.rewards.defects import CLASSES, inject, object_masks
+from rlhf_img.rewards.defects import CLASSES, inject, parts_of
 from rlhf_img.rewards.probes import NOISE, PROBES, Image, adversarial_noise
 from rlhf_img.training.intervals import interval
 
@@ -108,7 +108,8 @@ def _wrong(scene: Scene, i: int, rng: np.random.Generator) -> tuple[Image, str] 
 
 def _damaged(scene: Scene, i: int, rng: np.random.Generator) -> tuple[Image, str] | None:
     plain = replace(scene, style=None)  # defects are drawn before a style is applied
-    broken = inject(CLASSES[i % len(CLASSES)], render(plain), object_masks(plain), rng)
+    name = CLASSES[i % len(CLASSES)]
+    broken = inject(name, render(plain), parts_of(plain, name), rng)
     return None if broken is None else (broken, caption(plain, np.random.default_rng(i)))
 
 
