@@ -175,8 +175,9 @@ def malformed_outline(image: Image, objects: np.ndarray, rng: np.random.Generato
 
 def garbled_glyph(image: Image, glyphs: np.ndarray, rng: np.random.Generator) -> Image:
     """Some letters of a word made signs that are none: parts out of place or gone, and strokes that no letter has."""
-    word = glyphs.any(axis=0)
-    ink = color_of(image, ndimage.binary_erosion(word) if ndimage.binary_erosion(word).any() else word)
+    word: np.ndarray = np.any(glyphs, axis=0)
+    inside = ndimage.binary_erosion(word)
+    ink = color_of(image, inside if inside.any() else word)
     chosen = glyphs[rng.permutation(len(glyphs))[: rng.integers(1, len(glyphs) + 1)]]
     signs = np.any([_garbled(glyph, rng) for glyph in chosen], axis=0)
     gone = ndimage.binary_dilation(chosen.any(axis=0), iterations=2)
