@@ -3,4 +3,4 @@
 # From the root: sh experiments/algorithms-embedded/run.sh. A run that was stopped goes on.
 # SEEDS="0": seeds; WAYS="grpo/awm nft/nft": some of the ways; MORE="steps=60": a longer run; OUT=DIR: elsewhere.
 exec sh experiments/ways.sh "$(dirname "$0")" "${OUT:-runs/algorithms}" ${WAYS:-grpo/awm nft/nft grpo/steps \
-  grpo/steps-wide grpo/steps-loud grpo/pool grpo/sum grpo/guided}
+  grpo/steps-wide grpo/steps-loud grpo/pool grpo/gdpo grpo/sum grpo/guided}
