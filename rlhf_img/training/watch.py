@@ -75,8 +75,8 @@ class SentinelConfig:
     characters: bool = True
     """Read the first image of each prompt for characters that it does not ask for."""
     warn: float = 0.7
-    """A sentinel is outside of its band where this share of Raw's values lies on one side of the policy's. The band is
-    at least four standard errors wide; that of colours is three quarters of it, 0.65 for 0.7."""
+    """A sentinel is outside of its band where this share of Raw's values lies on one side of the policy's. That of
+    colours is three quarters as wide, 0.65 for 0.7. Every band is at least four standard errors wide."""
     stop: float | None = 0.95
     """The same for stopping the run, with exit code 3; null: never."""
     warn_only: tuple[str, ...] = ()
