@@ -71,11 +71,25 @@ def test_boxes_points_clean_and_unknown_defects_become_targets(tmp_path):
     c = targets_of(labels, "c.png")
     assert c.damaged_B.item() and c.class_BK.isnan().all()
     assert c.cells_BKhw[0, :, :2, :2].isnan().all() and c.cells_BKhw.nan_to_num(9.0).sum() == 9 * 4 * len(CLASSES)
+    assert c.broken_Bhw[0, :2, :2].all() and c.broken_Bhw.sum() == 4 and a.broken_Bhw.sum() == 0
+    assert targets_of(labels, "c.png", mirrored=torch.tensor([True])).broken_Bhw[0, :2, 2:].all()
     d = targets_of(labels, "d.png")
     assert d.class_BK[0].tolist() == [1.0] + [0.0] * (len(CLASSES) - 1)
     assert d.cells_BKhw[0, 0].isnan().all() and d.cells_BKhw[0, 1:].sum() == 0
     e = targets_of(labels, "e.png")
     assert e.damaged_B.item() and e.class_BK.isnan().all() and e.cells_BKhw.isnan().all()
+    assert e.broken_Bhw.sum() == 0  # something is broken, but nobody says where
+
+
+def test_in_a_box_of_no_class_any_class_will_do(tmp_path):
+    target = targets_of(read_labels(write(tmp_path, "a.png,broken,0,0,32,16", "b.png,clean", "c.png,clean",
+                                          "d.png,clean"), 32), "a.png")  # fmt: skip
+    heat = torch.full((1, len(CLASSES), 4, 4), -20.0)
+    heat[0, HOLE, :2, :2] = heat[0, SEAM, 0, 0] = 0.0
+    # Four of sixteen cells: of one P is 1 - 1/4, of three 1/2; all else is known to be whole, and said to be.
+    loss = detector_loss(heat, torch.zeros(1, len(CLASSES)), target, 1.0) - detector_loss(
+        heat, torch.zeros(1, len(CLASSES)), target, 0.0)  # fmt: skip
+    assert loss.item() == pytest.approx(-(math.log(0.75) + 3 * math.log(0.5)) / 16, rel=1e-4)
 
 
 @pytest.mark.parametrize(

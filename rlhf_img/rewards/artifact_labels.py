@@ -89,10 +89,12 @@ class Labelled:
     def targets(
         self, places: Sequence[int] | np.ndarray, size: tuple[int, int], mirrored_B: Tensor | None = None
     ) -> Targets:
-        """Of those images, in heat maps of `size` cells. What lies inside a box of no class is not known of any."""
+        """Of those images, in heat maps of `size` cells. Inside a box of no class it is not known of any single class.
+        """
         chosen = [self.marks[i] for i in places]
         class_BK = torch.zeros(len(chosen), len(self.classes))
         cells_BKhw = torch.zeros(len(chosen), len(self.classes), *size)
+        broken_Bhw = torch.zeros(len(chosen), *size, dtype=torch.bool)
         class_BK[:, len(CLASSES) :] = cells_BKhw[:, len(CLASSES) :] = torch.nan  # nobody is asked for looks
         for b, marks in enumerate(chosen):
             for mark in sorted(marks, key=lambda mark: mark.kind != BROKEN):  # a class is surer than "something"
@@ -100,14 +102,16 @@ class Labelled:
                 if mark.kind == BROKEN:
                     class_BK[b] = torch.nan
                     cells_BKhw[b, :, *inside] = torch.nan
+                    broken_Bhw[b, *inside] |= mark.box is not None
                 else:
                     k = self.classes.index(mark.kind)
                     class_BK[b, k] = 1.0
                     cells_BKhw[b, k, *inside] = torch.nan if mark.box is None else 1.0
         if mirrored_B is not None:
             cells_BKhw = torch.where(mirrored_B[:, None, None, None], cells_BKhw.flip(-1), cells_BKhw)
+            broken_Bhw = torch.where(mirrored_B[:, None, None], broken_Bhw.flip(-1), broken_Bhw)
         damaged_B = torch.tensor([any(mark.kind not in APPEARANCES for mark in marks) for marks in chosen])
-        return Targets(damaged_B=damaged_B, class_BK=class_BK, cells_BKhw=cells_BKhw)
+        return Targets(damaged_B=damaged_B, class_BK=class_BK, cells_BKhw=cells_BKhw, broken_Bhw=broken_Bhw)
 
 
 def read_labels(file: Path, side: int, classes: Sequence[str] = CLASSES) -> Labelled:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from rlhf_img.rewards.artifact_model import log_p_damaged
 from rlhf_img.rewards.artifact_pairs import Pairs, cells_touched
 from rlhf_img.rewards.calibration import image_loss, known_cross_entropy
 from rlhf_img.rewards.defects import APPEARANCES, CLASSES
@@ -20,12 +21,14 @@ _BALANCE = 0.99
 class Targets:
     """What is true of B images. damaged_B: anything is broken. class_BK: of this class. cells_BKhw: and where.
 
-    Classes and cells are 1, 0, or NaN where it is not known.
+    Classes and cells are 1, 0, or NaN where it is not known. broken_Bhw: where something is broken of which nobody
+    says the class; None: nowhere.
     """
 
     damaged_B: Bool[Tensor, " B"]
     class_BK: Float[Tensor, "B K"]
     cells_BKhw: Float[Tensor, "B K h w"]
+    broken_Bhw: Bool[Tensor, "B h w"] | None = None
 
 
 def pair_targets(pairs: Pairs, heat_BKhw: Float[Tensor, "B K h w"]) -> Targets:
@@ -47,8 +50,14 @@ def pair_targets(pairs: Pairs, heat_BKhw: Float[Tensor, "B K h w"]) -> Targets:
 def detector_loss(
     heat_BKhw: Float[Tensor, "B K h w"], logits_BK: Float[Tensor, "B K"], target: Targets, heat_weight: float
 ) -> Float[Tensor, " B"]:
-    """Loss of each image: that of its whole (see `image_loss`), plus the cross-entropies of its cells."""
+    """Loss of each image: that of its whole (see `image_loss`), plus the cross-entropies of its cells.
+
+    In a cell where something of unknown class is broken, that is -log P(a defect of whichever class).
+    """
     per_cell = known_cross_entropy(heat_BKhw, target.cells_BKhw).mean(dim=(2, 3)).sum(1)
+    if target.broken_Bhw is not None:
+        log_damaged = log_p_damaged(heat_BKhw[:, : len(CLASSES)].movedim(1, -1).flatten(0, 2))
+        per_cell = per_cell - (log_damaged.view_as(target.broken_Bhw) * target.broken_Bhw).mean(dim=(1, 2))
     return image_loss(logits_BK, target.class_BK, target.damaged_B) + heat_weight * per_cell
 
 

@@ -81,6 +81,12 @@ def log_p_clean(
     return -(kept if permitted_BK is None else kept.masked_fill(permitted_BK, 0.0)).sum(dim=-1)
 
 
+def log_p_damaged(logits_BK: Float[Tensor, "B K"]) -> Float[Tensor, " B"]:
+    """log P(a defect, of whichever class); <= 0."""
+    # log(1 - e^x) loses its digits near x = 0 unless written with expm1.
+    return torch.log(-torch.expm1(log_p_clean(logits_BK).clamp(max=-1e-6)))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Detector:
     """A trained network and the image side in pixels it was trained at."""

@@ -43,7 +43,7 @@ class ArtifactTraining:
 
     steps: int = 6000
     pairs: int = 27
-    labelled: int = 14
+    labelled: int = 27
     lr: float = 3e-3
     weight_decay: float = 1e-2
     heat_weight: float = 20.0

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from rlhf_img.rewards.artifact_model import log_p_clean
+from rlhf_img.rewards.artifact_model import log_p_clean, log_p_damaged
 from rlhf_img.rewards.defects import CLASSES
 
 if TYPE_CHECKING:
@@ -21,10 +21,8 @@ def image_loss(
 
     The classes of looks, which come after those of `CLASSES`, make no image damaged.
     """
-    log_clean = log_p_clean(logits_BK[:, : len(CLASSES)])
-    # log(1 - e^x) loses its digits near x = 0 unless written with expm1.
-    log_damaged = torch.log(-torch.expm1(log_clean.clamp(max=-1e-6)))
-    image = -torch.where(damaged_B, log_damaged, log_clean)
+    defects_BK = logits_BK[:, : len(CLASSES)]
+    image = -torch.where(damaged_B, log_p_damaged(defects_BK), log_p_clean(defects_BK))
     return image + known_cross_entropy(logits_BK, target_BK).sum(1)
 
 
