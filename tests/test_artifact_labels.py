@@ -21,11 +21,12 @@ from rlhf_img.rewards.appearance import STYLES, style_look
 from rlhf_img.rewards.artifact import artifact
 from rlhf_img.rewards.artifact_labels import join, read_labels
 from rlhf_img.rewards.artifact_losses import class_balance, detector_loss, pair_targets, style_variance
-from rlhf_img.rewards.artifact_model import DefectNet
+from rlhf_img.rewards.artifact_model import DefectNet, load_detector
 from rlhf_img.rewards.artifact_pairs import make_pairs
-from rlhf_img.rewards.artifact_training import ArtifactTraining, train_artifact
+from rlhf_img.rewards.artifact_training import AGAIN, ArtifactTraining, train_artifact
 from rlhf_img.rewards.calibration import image_loss, known_cross_entropy
 from rlhf_img.rewards.defects import APPEARANCES, CLASSES, permitted
+from rlhf_img.rewards.folder_images import digest
 from rlhf_img.rewards.protocol import Images
 from rlhf_img.rubrics.schema import Requirement, Rubric
 from rlhf_img.training.on_policy import OnPolicy, by_judge, by_residual, draw_labelled
@@ -383,7 +384,16 @@ def test_the_command_learns_from_labels_and_refuses_what_does_not_fit(tmp_path, 
     result = CliRunner().invoke(app, args, catch_exceptions=False)
     assert "3 labelled images to learn from, 1 held out (4 clean)" in result.stdout
     assert json.loads(out.with_suffix(".json").read_text())["labelled"]["auc"] is None
+    again = [*args[:-1], str(tmp_path / "again.safetensors"), "--start", str(out)]
+    CliRunner().invoke(app, again, catch_exceptions=False)
+    before, after = (torch.cat([x.flatten() for x in load_detector(file).net.parameters()])
+                     for file in (out, tmp_path / "again.safetensors"))  # fmt: skip
+    # One step of AdamW from those weights moves each by its learning rate; a new network would be far away.
+    assert 0 < (after - before).abs().median() < 2 * AGAIN.lr
+    assert json.loads((tmp_path / "again.json").read_text())["weights"] == digest(out.read_bytes())
     for more, message in ((["--appearance"], "--appearance is for your own pictures"),
+                          (["--start", str(out), "--backbone", "x"], "give one of them"),
+                          (["--start", str(tmp_path / "none.safetensors")], "no file"),
                           (["--judge-model", "playground"], "give it with --policy")):
         with pytest.raises(RlhfImgError, match=message):
             CliRunner().invoke(app, [*args, *more], catch_exceptions=False)

@@ -1,6 +1,7 @@
 """`rlhf-img reward train`: make the weights of the rewards that are learned."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -52,6 +53,11 @@ BackboneName = Annotated[
     typer.Option("--backbone", metavar="MODEL", help="A frozen SigLIP, SigLIP 2, DINOv2 or DINOv3 (hub id or folder), "
                  "not the small network."),
 ]
+Start = Annotated[
+    str | None,
+    typer.Option(metavar="FILE", help='Weights to go on from, in a third of the steps; "shipped": those that come with '
+                 "rlhf-img. With --labels or --policy they learn what else is broken."),
+]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from where a run to the same --out stopped.")]
 Seed = Annotated[int, typer.Option(help="Of everything; also of which pictures are held out.")]
 
@@ -74,6 +80,7 @@ def train_artifact(
     steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps [default: as for the shipped one].")] = None,
     vae: Vae = None,
     backbone: BackboneName = None,
+    start: Start = None,
     seed: Seed = 0,
     resume: Resume = False,
 ) -> None:
@@ -84,24 +91,27 @@ def train_artifact(
 
     Example: rlhf-img reward train artifact --images photos --out my/artifact.safetensors --resume
 
-    Example: rlhf-img reward train artifact --labels mine/labels.csv --policy runs/first --out my/artifact.safetensors
+    Example: rlhf-img reward train artifact --start shipped --policy runs/first --out my/artifact.safetensors
 
     Use them with the reward {reward: artifact, options: {weights: my/artifact.safetensors}}.
     """
-    from rlhf_img.rewards.artifact_training import ArtifactTraining
+    from rlhf_img.rewards.artifact_training import AGAIN, ArtifactTraining
 
     if appearance and images is None:
         raise RlhfImgError("--appearance is for your own pictures: give their folder with --images")
     if policy is None and (policy_prompts or judge_model or judge_url):
         raise RlhfImgError("--policy-prompts and the judge are for images of a policy: give it with --policy")
-    default = ArtifactTraining()
-    config = ArtifactTraining(seed=seed, steps=steps or default.steps, appearance=appearance)
+    if start is not None and backbone is not None:
+        raise RlhfImgError("--start goes on with the small network and --backbone begins anew: give one of them")
+    default = ArtifactTraining() if start is None else AGAIN
+    config = replace(default, seed=seed, steps=steps or default.steps, appearance=appearance)
     source = pictures_of(images, side, seed)
     parts = [_read(file, source.side, config) for file in labels or ()]
     if policy is not None:
         file = _draw(policy, policy_images, policy_prompts, out, seed, (judge_model, judge_url, judge_key_env))
         parts.append(_read(file, source.side, config))
-    card = _fit(out, config, source, parts, vae or ("playground" if images is None else "none"), resume, backbone)
+    card = _fit(out, config, source, parts, vae or ("playground" if images is None else "none"), resume, backbone,
+                start)
     _draw_curve(card["curve"], out.with_suffix(".png"))
     typer.echo(json.dumps({"labelled": card["labelled"], **card["heldout"]}, indent=2))
     typer.echo(f"Wrote {out}, {out.with_suffix('.json')} and {out.with_suffix('.png')}")
@@ -154,11 +164,12 @@ def _draw(
 
 def _fit(
     out: Path, config: "ArtifactTraining", source: "Playground | Photographs", labels: "list[Labelled]", vae: str,
-    resume: bool, backbone: str | None,
+    resume: bool, backbone: str | None, start: str | None,
 ) -> dict[str, Any]:  # fmt: skip
     from rich.progress import Progress
 
     from rlhf_img.rewards.artifact_labels import join
+    from rlhf_img.rewards.artifact_model import WEIGHTS
     from rlhf_img.rewards.artifact_training import train_artifact as fit
 
     through = None if vae == "none" else _autoencoder(vae)
@@ -169,7 +180,8 @@ def _fit(
             bar.update(task, completed=step, description=f"loss {loss:.3f}")
 
         return fit(out, config, source=source, labels=join(labels) if labels else None, resume=resume,
-                   clean_transform=through, backbone=backbone, progress=show)
+                   clean_transform=through, backbone=backbone,
+                   weights=WEIGHTS if start == "shipped" else None if start is None else Path(start), progress=show)
 
 
 def _autoencoder(model: str) -> "CleanTransform":

@@ -17,11 +17,12 @@ from rlhf_img.errors import RlhfImgError
 from rlhf_img.rewards.artifact_labels import Labelled
 from rlhf_img.rewards.artifact_losses import detector_loss, pair_targets, style_variance
 from rlhf_img.rewards.artifact_measure import HELDOUT_SEED, auc, evaluate, evaluate_labelled, look_at
-from rlhf_img.rewards.artifact_model import DefectNet
+from rlhf_img.rewards.artifact_model import DefectNet, load_detector
 from rlhf_img.rewards.artifact_pairs import PLAYGROUND, CleanTransform, PairSource
 from rlhf_img.rewards.backbones import open_backbone
 from rlhf_img.rewards.calibration import calibrate
 from rlhf_img.rewards.defects import APPEARANCES, CLASSES
+from rlhf_img.rewards.folder_images import digest
 
 _WATCHED = 135
 """Held-out pairs on which the curve is drawn while training."""
@@ -58,6 +59,10 @@ class ArtifactTraining:
         return CLASSES + (APPEARANCES if self.appearance else ())
 
 
+AGAIN = ArtifactTraining(steps=2000, lr=1e-3)
+"""Of weights that are there already and are to learn more."""
+
+
 def train_artifact(
     out: Path,
     config: ArtifactTraining,
@@ -67,6 +72,7 @@ def train_artifact(
     resume: bool = False,
     clean_transform: CleanTransform | None = None,
     backbone: str | None = None,
+    weights: Path | None = None,
     progress: Callable[[int, float], None] = lambda step, loss: None,
 ) -> dict[str, Any]:
     """Trains the detector; writes `out` (safetensors) and its card (.json); returns the card.
@@ -74,19 +80,19 @@ def train_artifact(
     The same config and source give the same weights on the same machine, whether interrupted and resumed or not: each
     step's batch depends on the seed and the step only. labels: images that somebody has labelled, to learn from beside
     the pairs. backbone: a model of `open_backbone` to put a head on; None: the small network is trained from nothing.
-    At the end the probabilities are calibrated on pairs of split "val", of which the playground has other scenes than
-    of "heldout", and photographs other crops. `progress` is called with the step and its loss. Raises RlhfImgError if
-    the checkpoint to resume is of another config, source or labels.
+    weights: those of a small network to go on from. At the end the probabilities are calibrated on pairs of split
+    "val", of which the playground has other scenes than of "heldout", and photographs other crops. `progress` is called
+    with the step and its loss. Raises RlhfImgError if the checkpoint to resume is of another config, source, labels or
+    weights.
     """
     if labels is not None and labels.pixels_NHW3.shape[1] != source.side:
         raise RlhfImgError(f"labelled images of {labels.pixels_NHW3.shape[1]} px do not fit pairs of {source.side} px")
     checkpoint = out.with_suffix(".resume.pt")
-    settings = {**asdict(config), "side": source.side, "pictures": source.fingerprint,
-                "labels": None if labels is None else labels.fingerprint,
-                "autoencoder": clean_transform is not None, "backbone": backbone}
-    tower = None if backbone is None else open_backbone(backbone)
     torch.manual_seed(config.seed)
-    net = DefectNet(tower, config.classes).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    net = _begin(config, backbone) if weights is None else _go_on_from(weights, config, source.side)
+    settings = {**asdict(config), "side": source.side, "pictures": source.fingerprint,
+                "labels": None if labels is None else labels.fingerprint, "autoencoder": clean_transform is not None,
+                "backbone": backbone, "weights": None if weights is None else digest(weights.read_bytes())}
     optimizer = torch.optim.AdamW(net.parameters(), lr=config.lr, weight_decay=config.weight_decay)
     start, curve = _restore(checkpoint, settings, net, optimizer) if resume else (0, [])
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -108,12 +114,30 @@ def train_artifact(
             os.replace(checkpoint.with_suffix(".part"), checkpoint)
     _calibrate(net.eval(), source, clean_transform)
     card = {"classes": list(net.classes), "side": source.side, "backbone": backbone, "config": asdict(config),
-            "pictures": source.card(), "labelled": None if labels is None else evaluate_labelled(net.eval(), labels),
+            "weights": settings["weights"], "pictures": source.card(),
+            "labelled": None if labels is None else evaluate_labelled(net.eval(), labels),
             "vae_reconstructions": clean_transform is not None, "torch": torch.__version__,
             "heldout": evaluate(net.eval(), source=source, transform=clean_transform), "curve": curve}
     _write(out, net, card)
     checkpoint.unlink(missing_ok=True)
     return card
+
+
+def _begin(config: ArtifactTraining, backbone: str | None) -> DefectNet:
+    tower = None if backbone is None else open_backbone(backbone)
+    return DefectNet(tower, config.classes).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def _go_on_from(weights: Path, config: ArtifactTraining, side: int) -> DefectNet:
+    """The network of weights that are there. Raises RlhfImgError if they judge other images or other classes."""
+    given = load_detector(weights)
+    if given.side != side or given.net.backbone is not None or given.net.classes != config.classes:
+        raise RlhfImgError(
+            f"artifact training: {weights} cannot be gone on from: it is of {given.side} px, knows "
+            f"{', '.join(given.net.classes)}{'' if given.net.backbone is None else ' and has a backbone'}; wanted are "
+            f"{side} px and {', '.join(config.classes)} without a backbone"
+        )
+    return given.net
 
 
 def _write(out: Path, net: DefectNet, card: dict[str, Any]) -> None:
