@@ -23,7 +23,7 @@ from rlhf_img.training.preflight import check_ratios
 CONFIG = GRPOConfig(
     prompts=3, group=2, num_steps=4, likelihood="steps", window=2, clip=1e-3, kl=0.0, reference_guidance=0.0, lr=1e-2
 )
-FORWARD = dataclasses.replace(CONFIG, likelihood="forward", draws=2)
+FORWARD = dataclasses.replace(CONFIG, likelihood="forward", draws=2, hold=0.0)
 both = pytest.mark.parametrize("config", [CONFIG, FORWARD], ids=["steps", "forward"])
 
 
@@ -185,7 +185,7 @@ def test_gradient_is_that_of_a_slow_loop_from_the_papers(world: tuple[Model, Pol
 
 def test_forward_gradient_is_that_of_a_slow_loop_from_the_paper(world: tuple[Model, Policy, Conditioner]) -> None:
     policy = world[1]
-    config = dataclasses.replace(FORWARD, kl=0.1, reference_guidance=2.0)
+    config = dataclasses.replace(FORWARD, kl=0.1, hold=0.2, reference_guidance=2.0)
     sampled, advantages = rolled(world, config), torch.tensor([1.0, -1.0, 0.5, -0.5, 2.0, -2.0])
     (empty,) = world[2].encode([""])
     fast = loss_gradients(world, sampled, advantages, config)
@@ -203,12 +203,34 @@ def test_forward_gradient_is_that_of_a_slow_loop_from_the_paper(world: tuple[Mod
                     conditional = velocity(reference, *args)
                     unconditional = velocity(reference, *args[:2], empty[None], sampled.grid)
                 v_ref = 3 * conditional - 2 * unconditional
+                if s < config.min_sigma:
+                    total = total + config.hold * ((v - v_ref) ** 2).mean()
+                    continue
                 # on policy, the gradient of -A exp(log p - log p_old) is that of A |v - u|^2, here about v_ref
                 weighted = advantages[row] * (2 * (v_ref - (eps - x0)) * v).mean()
                 total = total + weighted + config.kl * ((v - v_ref) ** 2).mean()
-    policy_grads = torch.autograd.grad(total / 12, list(policy.parameters.values()))
+    assert all(sum(term.sigma < config.min_sigma for term in batch.terms) == 1 for batch in sampled.batches)
+    policy_grads = torch.autograd.grad(total / 18, list(policy.parameters.values()))
     for name, slow in zip(policy.parameters, policy_grads, strict=True):
         torch.testing.assert_close(fast[name], slow, rtol=2e-3, atol=1e-5)
+
+
+def test_what_is_held_is_drawn_towards_the_reference_whatever_the_advantages(
+    world: tuple[Model, Policy, Conditioner]
+) -> None:
+    config = dataclasses.replace(FORWARD, hold=0.3)
+    sampled = rolled(world, config)
+    assert len(rolled(world, dataclasses.replace(config, hold=0.0)).batches[0].terms) == config.draws
+    below = dataclasses.replace(sampled, batches=[
+        dataclasses.replace(batch, terms=[term for term in batch.terms if term.sigma < config.min_sigma])
+        for batch in sampled.batches
+    ])  # fmt: skip
+    good, bad = (loss_gradients(world, below, scale * torch.arange(6.0), config) for scale in (1, -1))
+    assert all(torch.equal(good[name], bad[name]) for name in good)
+    for item in grpo.replay(world[1], below, config):
+        loss_B, _ = grpo.term_loss(item, torch.ones(len(item.rows_B)), config)
+        assert item.kl_B is not None and (item.kl_B > 0).all()
+        torch.testing.assert_close(loss_B, 0.3 * item.kl_B)
 
 
 @both

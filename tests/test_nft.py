@@ -16,7 +16,7 @@ from rlhf_img.model.conditioning import Conditioner
 from rlhf_img.model.lora import role_parameters
 from rlhf_img.model.policy import LoRAConfig, Policy, make_policy
 
-PLAIN = NFTConfig(prompts=3, group=2, num_steps=4, draws=2, normalise=False, kl=0.0, scale=1.0)
+PLAIN = NFTConfig(prompts=3, group=2, num_steps=4, draws=2, normalise=False, kl=0.0, scale=1.0, hold=0.0)
 ONE = torch.ones(1)
 
 
@@ -133,6 +133,16 @@ def test_an_update_fits_what_was_good_and_moves_the_old_policy_by_the_schedule(w
     assert metrics["old_distance"] == pytest.approx(0, abs=1e-12) and metrics["grad_norm"] > 0
     for name, parameter in policy.parameters.items():
         torch.testing.assert_close(policy.average[name], 0.4 * before[name] + 0.6 * parameter.detach())
+
+
+def test_below_the_levels_that_are_trained_the_policy_is_held_to_the_reference(world: tuple[Policy, Rollout]) -> None:
+    policy, sampled = world
+    config = dataclasses.replace(PLAIN, hold=0.3, min_sigma=0.95, max_sigma=1.0)  # all of these draws lie below
+    for batch in sampled.batches:
+        for draws in together(batch, 64):
+            loss_B, metrics = nft.draws_loss(policy, sampled, draws, torch.ones(len(draws.rows_B)), config)
+            assert (metrics["kl"] > 0).all()
+            torch.testing.assert_close(loss_B.detach(), 0.3 * metrics["kl"])
 
 
 def test_equal_rewards_give_no_gradient(world: tuple[Policy, Rollout]) -> None:

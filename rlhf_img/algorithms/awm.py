@@ -10,7 +10,8 @@ add up to 0, so that what they have in common cancels out of the gradient.
 
 What we changed: where D has a weight, log p is taken to first order about v_ref, because its square pays for moving
 ever further from a bad image, and broke long runs. With GRPO's `kl` the loss is then convex in v, and for one batch
-least at v_ref + E[A (u - v_ref) | x] / kl, which is where DiffusionNFT (2509.16117) ends too.
+least at v_ref + E[A (u - v_ref) | x] / kl, which is where DiffusionNFT (2509.16117) ends too. The levels are a part of
+the range; one draw more, below it, has no advantage and D alone, weighed by `hold`: all levels share their weights.
 """
 
 from jaxtyping import Float

@@ -112,26 +112,30 @@ class Replay:
     """exp of it, but with GRPO-Guard normalised."""
     kl_B: Tensor | None
     """Divergence from the reference, if that has a weight."""
+    held_B: Tensor
+    """Whether it is below the levels that are trained, and only held to the reference."""
 
 
 def replay(policy: Policy, sampled: Rollout, config: GRPOConfig) -> Iterator[Replay]:
     """Every batch and term again: steps in the shapes of the rollout, so that rounding is the same, draws together."""
     guidance = config.reference_guidance if config.kl else None
+    held = config.reference_guidance if config.kl or config.hold else None
     for batch in sampled.batches:
         for draws in together(batch, config.batch_size):
-            v, v_ref = velocities(policy, sampled, draws.x_BNC, draws.sigma_B, draws.text_BLD, guidance)
-            yield _replay_draws(draws, v, v_ref)
+            v, v_ref = velocities(policy, sampled, draws.x_BNC, draws.sigma_B, draws.text_BLD, held)
+            yield _replay_draws(draws, v, v_ref, config)
         for step in [term for term in batch.terms if isinstance(term, Step)]:
             sigma = torch.tensor(step.sigma, device=step.x_BNC.device)
             v, v_ref = velocities(policy, sampled, step.x_BNC, sigma, batch.text_BLD, guidance)
             yield _replay_step(step, v, v_ref, batch.rows_B, config, sampled.sigma_max)
 
 
-def _replay_draws(draws: Draws, v: Tensor, v_ref: Tensor | None) -> Replay:
+def _replay_draws(draws: Draws, v: Tensor, v_ref: Tensor | None, config: GRPOConfig) -> Replay:
     v_old = v.detach() if draws.old_BNC is None else draws.old_BNC
-    log_ratio_B = awm.log_ratio(v, v_old, draws.target_BNC, v_ref)
+    log_ratio_B = awm.log_ratio(v, v_old, draws.target_BNC, v_ref if config.kl else None)
     kl_B = None if v_ref is None else awm.divergence(v, v_ref)
-    return Replay(rows_B=draws.rows_B, log_ratio_B=log_ratio_B, ratio_B=log_ratio_B.exp(), kl_B=kl_B)
+    return Replay(rows_B=draws.rows_B, log_ratio_B=log_ratio_B, ratio_B=log_ratio_B.exp(), kl_B=kl_B,
+                  held_B=draws.sigma_B < config.min_sigma)
 
 
 def _replay_step(
@@ -145,7 +149,8 @@ def _replay_step(
     log_ratio_B = step.logp_B - term.logp_B
     ratio_B = guarded_ratio(log_ratio_B, step.mean, term.mean_BNC, step.std) if config.guard else log_ratio_B.exp()
     kl_B = None if v_ref is None else kl_divergence(step.mean, take(v_ref).mean, step.std)
-    return Replay(rows_B=rows_B, log_ratio_B=log_ratio_B, ratio_B=ratio_B, kl_B=kl_B)
+    return Replay(rows_B=rows_B, log_ratio_B=log_ratio_B, ratio_B=ratio_B, kl_B=kl_B,
+                  held_B=torch.zeros_like(ratio_B, dtype=torch.bool))
 
 
 def update(
@@ -179,6 +184,6 @@ def term_loss(item: Replay, advantage_B: Tensor, config: GRPOConfig) -> tuple[Te
     kl_B = torch.zeros_like(loss_B)
     if item.kl_B is not None:
         kl_B = item.kl_B
-        loss_B = loss_B + config.kl * kl_B
+        loss_B = torch.where(item.held_B, config.hold * kl_B, loss_B + config.kl * kl_B)
     outside = ((item.ratio_B - 1).abs() > config.clip).float()
     return loss_B, {"loss": loss_B.detach(), "kl": kl_B.detach(), "clip_fraction": outside.detach()}

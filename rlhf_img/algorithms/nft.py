@@ -18,7 +18,8 @@ The old policy is an average of the trained one, old <- d old + (1 - d) v after 
 schedules of d (`decay`): it samples, and it is what is evaluated and exported.
 
 What we changed: levels and noise are shared by a group (algorithms/rollout), whose advantages add up to 0, so that what
-they have in common cancels out of the gradient; the levels are the middle of the range by default. Left out: guidance.
+they have in common cancels out of the gradient; the levels are the middle of the range by default, and one draw more,
+below them, only holds the policy to the reference (`hold`). Left out: guidance.
 """
 
 from collections.abc import Iterator
@@ -126,11 +127,12 @@ def draws_loss(
     policy: Policy, part: Rollout, draws: Draws, advantage_B: Tensor, config: NFTConfig
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss of each draw, with a graph, and metrics without."""
-    guidance = 0.0 if config.kl else None
+    guidance = 0.0 if config.kl or config.hold else None
     v, v_ref = velocities(policy, part, draws.x_BNC, draws.sigma_B, draws.text_BLD, guidance)
     v_old = v.detach() if draws.old_BNC is None else draws.old_BNC
     loss_B = nft_loss(v, v_old, draws.target_BNC, draws.sigma_B, advantage_B, config)
     kl_B = torch.zeros_like(loss_B) if v_ref is None else (v - v_ref).square().flatten(1).mean(1)
-    loss_B = loss_B + config.kl * kl_B
+    held_B = draws.sigma_B < config.min_sigma
+    loss_B = torch.where(held_B, config.hold * kl_B, loss_B + config.kl * kl_B)
     away_B = (v.detach() - v_old).square().flatten(1).mean(1)
     return loss_B, {"loss": loss_B.detach(), "kl": kl_B.detach(), "old_distance": away_B}

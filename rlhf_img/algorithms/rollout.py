@@ -49,10 +49,18 @@ class RolloutConfig:
     """The lowest noise level of a draw."""
     max_sigma: float = 0.9
     """The highest."""
+    hold: float = 0.2
+    """Weight of the divergence from the reference in one draw more, at a level below `min_sigma`: what no draw trains
+    changes all the same, since all levels share their weights. 0: none."""
     updates: int = 1
     """Optimiser steps an iteration, each on its share of the prompts."""
     batch_size: int = 128
     """Images a forward, at most."""
+
+    @property
+    def levels(self) -> int:
+        """Noise levels of an image: those of its draws, and the one at which the policy is held."""
+        return self.draws + bool(self.hold and self.min_sigma)
 
     def __post_init__(self) -> None:
         """Raises RlhfImgError for values that cannot work together."""
@@ -65,6 +73,7 @@ class RolloutConfig:
                 f"{name}.draws must be 1 or more": self.draws >= 1,
                 f"{name}.min_sigma must be 0 or more and below {name}.max_sigma, which is at most 1":
                     0 <= self.min_sigma < self.max_sigma <= 1,
+                f"{name}.hold must be 0 or more": self.hold >= 0,
                 f"{name}.updates must lie between 1 and {name}.prompts": 1 <= self.updates <= self.prompts,
                 f"{name}.batch_size must be 1 or more": self.batch_size >= 1,
             },
@@ -214,11 +223,15 @@ def _window(config: StepsConfig, generator: torch.Generator) -> range:
 def _levels_and_noise(
     config: RolloutConfig, shape: tuple[int, ...], generator: torch.Generator
 ) -> list[tuple[float, Float[Tensor, "P N C"]]]:
-    """For each draw a noise level, one in each of equal parts of the range, and noise for each prompt."""
+    """For each draw a noise level, one in each of equal parts of the range, and noise for each prompt; with `hold` one
+    more, below the range."""
     found = []
     for k in range(config.draws):
         share = (k + float(torch.rand((), generator=generator))) / config.draws
         sigma = config.min_sigma + (config.max_sigma - config.min_sigma) * share
+        found.append((sigma, torch.randn(shape, generator=generator)))
+    if config.levels > config.draws:
+        sigma = config.min_sigma * float(torch.rand((), generator=generator))
         found.append((sigma, torch.randn(shape, generator=generator)))
     return found
 
