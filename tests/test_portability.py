@@ -187,8 +187,12 @@ def test_what_was_trained_is_what_is_drawn_and_scored(
     words = ["eval", "models", *(way[-1] for way in (ways[0], ways[2])), "--prompts", str(tmp_path / "prompts.txt"),
              "--steps", "2", "--rewards", f"rubric,{files / 'bright.py'}:bright", "--json"]  # fmt: skip
     assert run(monkeypatch, words) == 0
-    before, after = (r["rewards"]["bright"]["mean"] for r in json.loads(capsys.readouterr().out))
-    assert abs(before - after) > 1e-3
+    first, second = json.loads(capsys.readouterr().out)
+    change = second["rewards"]["bright"]["mean"] - first["rewards"]["bright"]["mean"]
+    assert abs(change) > 1e-3 and "difference" not in first
+    assert second["difference"]["rewards"]["bright"]["mean"] == pytest.approx(change)
+    assert run(monkeypatch, words[:-1]) == 0  # as a table
+    assert f"{change:+.3f} (" in capsys.readouterr().out
 
 
 def test_eval_without_a_word_means_models(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

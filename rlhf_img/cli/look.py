@@ -55,11 +55,13 @@ def evaluate(
 ) -> None:
     """Score one or several models, or runs (what they trained), on held-out prompts with 95 % intervals.
 
+    From the second on also what differs from the first one, prompt by prompt (`difference` in the JSON).
+
     Example: rlhf-img eval playground runs/first runs/second --count 512
     """
     from rlhf_img.model.conditioning import Conditioner
     from rlhf_img.rewards import load_rewards
-    from rlhf_img.training.evaluate import EvalConfig, summarise
+    from rlhf_img.training.evaluate import EvalConfig, compare, summarise
     from rlhf_img.training.evaluate import evaluate as measure
     from rlhf_img.training.prompts import from_playground, read_prompts
 
@@ -67,10 +69,12 @@ def evaluate(
     spec += [] if any(r.name == "rubric" for r in spec) else load_rewards("rubric")
     asked = read_prompts(prompts)[:count] if prompts else from_playground("heldout", count)
     config = EvalConfig(prompts=count, num_steps=steps, guidance=guidance)
-    results = []
+    results, first = [], None
     for name in models or ["playground"]:
         loaded = _load(name, None)
-        results.append(summarise(name, measure(loaded, Conditioner(loaded), spec, asked, config)[0]))
+        found, _ = measure(loaded, Conditioner(loaded), spec, asked, config)
+        results.append(summarise(name, found) | ({"difference": compare(first, found)} if first else {}))
+        first = first or found
     if as_json:
         typer.echo(json.dumps(results, indent=1))
     else:
@@ -92,13 +96,22 @@ def _print_scores(results: list[dict[str, Any]]) -> None:
     for title, path in rows:
         cells = []
         for result in results:
-            value: Any = result
-            for key in path:
-                value = value.get(key, {})
-            known = value.get("mean") is not None
-            cells.append(f"{value['mean']:.3f} ({value['low']:.3f} to {value['high']:.3f})" if known else "-")
+            change = _interval(result.get("difference", {}), path, sign="+")
+            cells.append((_interval(result, path) or "-") + (f"\n{change}" if change else ""))
         table.add_row(title, *cells)
     Console().print(table)
+    if len(results) > 1:
+        typer.echo(f"Below each value, what differs from {results[0]['name']}, paired by prompt.")
+
+
+def _interval(values: dict[str, Any], path: tuple[str, ...], sign: str = "") -> str:
+    """The mean there, with its interval; empty if it is not known."""
+    for key in path:
+        values = values.get(key) or {}
+    if values.get("mean") is None:
+        return ""
+    mean, low, high = (format(values[key], f"{sign}.3f") for key in ("mean", "low", "high"))
+    return f"{mean} ({low} to {high})"
 
 
 def _load(name: str, lora: Path | None) -> "Model":
