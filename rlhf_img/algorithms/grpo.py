@@ -52,8 +52,8 @@ class GRPOConfig(StepsConfig):
     advantage_clip: float = 5.0
     """Advantages are clipped to plus or minus this."""
     kl: float = 0.05
-    """Weight of the divergence from the reference; 0 skips the reference's forwards. With "steps", whose divergence is
-    larger, 0.04 is usual."""
+    """Weight of the divergence from the reference; 0, without `hold`, skips its forwards. With "steps", whose
+    divergence is larger, 0.04 is usual."""
     reference_guidance: float = 0.0
     """Krea's g of the reference. Above 0 the policy, which samples without guidance, is held to the guided base: to its
     prompt following and to its glitches."""
@@ -111,7 +111,7 @@ class Replay:
     ratio_B: Tensor
     """exp of it, but with GRPO-Guard normalised."""
     kl_B: Tensor | None
-    """Divergence from the reference, if that has a weight."""
+    """Divergence from the reference, if that has a weight here or where the policy is held."""
     held_B: Tensor
     """Whether it is below the levels that are trained, and only held to the reference."""
 
@@ -119,10 +119,10 @@ class Replay:
 def replay(policy: Policy, sampled: Rollout, config: GRPOConfig) -> Iterator[Replay]:
     """Every batch and term again: steps in the shapes of the rollout, so that rounding is the same, draws together."""
     guidance = config.reference_guidance if config.kl else None
-    held = config.reference_guidance if config.kl or config.hold else None
+    of_draws = config.reference_guidance if config.kl or config.holds else None
     for batch in sampled.batches:
         for draws in together(batch, config.batch_size):
-            v, v_ref = velocities(policy, sampled, draws.x_BNC, draws.sigma_B, draws.text_BLD, held)
+            v, v_ref = velocities(policy, sampled, draws.x_BNC, draws.sigma_B, draws.text_BLD, of_draws)
             yield _replay_draws(draws, v, v_ref, config)
         for step in [term for term in batch.terms if isinstance(term, Step)]:
             sigma = torch.tensor(step.sigma, device=step.x_BNC.device)

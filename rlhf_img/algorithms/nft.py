@@ -53,7 +53,7 @@ class NFTConfig(RolloutConfig):
     """Of the old policy after iteration i: "none" 0, so that it is always the trained one; "fast" min(0.001 i, 0.5);
     "slow" 0 up to 75, then 0.0075 (i - 75) up to 0.999."""
     kl: float = 1e-4
-    """Weight of mean |v - v_ref|^2 against the model that the run began from; 0 skips its forwards."""
+    """Weight of mean |v - v_ref|^2 against the model that the run began from; 0, without `hold`, skips its forwards."""
     lr: float = 2e-3
     """Learning rate of AdamW at the start; it falls linearly to 0 over the run."""
     weight_decay: float = 1e-4
@@ -127,7 +127,7 @@ def draws_loss(
     policy: Policy, part: Rollout, draws: Draws, advantage_B: Tensor, config: NFTConfig
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss of each draw, with a graph, and metrics without."""
-    guidance = 0.0 if config.kl or config.hold else None
+    guidance = 0.0 if config.kl or config.holds else None
     v, v_ref = velocities(policy, part, draws.x_BNC, draws.sigma_B, draws.text_BLD, guidance)
     v_old = v.detach() if draws.old_BNC is None else draws.old_BNC
     loss_B = nft_loss(v, v_old, draws.target_BNC, draws.sigma_B, advantage_B, config)

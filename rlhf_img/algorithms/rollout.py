@@ -58,9 +58,9 @@ class RolloutConfig:
     """Images a forward, at most."""
 
     @property
-    def levels(self) -> int:
-        """Noise levels of an image: those of its draws, and the one at which the policy is held."""
-        return self.draws + bool(self.hold and self.min_sigma)
+    def holds(self) -> bool:
+        """Whether every image has one draw more, at which the policy is held to the reference."""
+        return self.hold > 0 and self.min_sigma > 0
 
     def __post_init__(self) -> None:
         """Raises RlhfImgError for values that cannot work together."""
@@ -230,7 +230,7 @@ def _levels_and_noise(
         share = (k + float(torch.rand((), generator=generator))) / config.draws
         sigma = config.min_sigma + (config.max_sigma - config.min_sigma) * share
         found.append((sigma, torch.randn(shape, generator=generator)))
-    if config.levels > config.draws:
+    if config.holds:
         sigma = config.min_sigma * float(torch.rand((), generator=generator))
         found.append((sigma, torch.randn(shape, generator=generator)))
     return found

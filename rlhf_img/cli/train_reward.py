@@ -77,7 +77,7 @@ def train_artifact(
     judge_model: options.Model = None,
     judge_key_env: options.KeyEnv = None,
     appearance: Appearance = False,
-    steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps [default: as for the shipped one].")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps [default: 6000, with --start 2000]")] = None,
     vae: Vae = None,
     backbone: BackboneName = None,
     start: Start = None,

@@ -89,8 +89,7 @@ class Labelled:
     def targets(
         self, places: Sequence[int] | np.ndarray, size: tuple[int, int], mirrored_B: Tensor | None = None
     ) -> Targets:
-        """Of those images, in heat maps of `size` cells. Inside a box of no class it is not known of any single class.
-        """
+        """Of those images, in heat maps of `size` cells. Inside a box of no class, no single class is known."""
         chosen = [self.marks[i] for i in places]
         class_BK = torch.zeros(len(chosen), len(self.classes))
         cells_BKhw = torch.zeros(len(chosen), len(self.classes), *size)

@@ -135,7 +135,7 @@ def _go_on_from(weights: Path, config: ArtifactTraining, side: int) -> DefectNet
         raise RlhfImgError(
             f"artifact training: {weights} cannot be gone on from: it is of {given.side} px, knows "
             f"{', '.join(given.net.classes)}{'' if given.net.backbone is None else ' and has a backbone'}; wanted are "
-            f"{side} px and {', '.join(config.classes)} without a backbone"
+            f"{side} px and {', '.join(config.classes)} without a backbone. Give other weights, or none to begin anew"
         )
     return given.net
 

@@ -123,14 +123,14 @@ def _online(config: OnlineConfig) -> Plan:
     c, images = config.method, config.method.prompts * config.method.group
     rows = min(images_at_once(c), images)
     steps = isinstance(c, GRPOConfig) and c.likelihood == "steps"
-    terms = c.window if isinstance(c, GRPOConfig) and steps else c.levels
+    terms = c.window if isinstance(c, GRPOConfig) and steps else c.draws + c.holds
     together = rows if steps else rows * min(terms, max(1, c.batch_size // rows))
     old = 0 if steps or not (c.averaged or c.updates > 1) else terms
     works = [
         Work(phase="rollout", images=(c.num_steps + old) * images, at_once=rows),
         Work(phase="train", images=terms * images, at_once=together, train=True),
     ]
-    if c.kl > 0 or (c.hold > 0 and not steps):
+    if c.kl > 0 or (c.holds and not steps):
         guided = isinstance(c, GRPOConfig) and c.reference_guidance > 0
         works.append(
             Work(phase="reference", images=(2 if guided else 1) * terms * images, at_once=together, during="train")
