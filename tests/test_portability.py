@@ -198,3 +198,14 @@ def test_what_was_trained_is_what_is_drawn_and_scored(
 def test_eval_without_a_word_means_models(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(monkeypatch, ["eval", "no/where/model", "--count", "1"]) == 2
     assert "no/where/model" in capsys.readouterr().err
+
+
+def test_eval_measures_nothing_before_it_has_looked_for_every_model(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr("rlhf_img.training.evaluate.evaluate", lambda *args: pytest.fail("measured"))
+    (tmp_path / "config.yaml").write_text("algorithm: grpo\nconfig: {model: playground}\n")
+    assert run(monkeypatch, ["eval", "playground", str(tmp_path)]) == 2
+    assert "nothing trained yet" in capsys.readouterr().err
+    assert run(monkeypatch, ["eval", "playground", "nosuch"]) == 2
+    assert 'no model "nosuch"' in capsys.readouterr().err

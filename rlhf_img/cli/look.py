@@ -59,20 +59,32 @@ def evaluate(
 
     Example: rlhf-img eval playground runs/first runs/second --count 512
     """
+    from rich.console import Console
+    from rich.progress import Progress
+
     from rlhf_img.model.conditioning import Conditioner
     from rlhf_img.rewards import load_rewards
     from rlhf_img.training.evaluate import EvalConfig, compare, summarise
     from rlhf_img.training.evaluate import evaluate as measure
+    from rlhf_img.training.export import check_trained
     from rlhf_img.training.prompts import from_playground, read_prompts
 
     spec = load_rewards(rewards)
     spec += [] if any(r.name == "rubric" for r in spec) else load_rewards("rubric")
     asked = read_prompts(prompts)[:count] if prompts else from_playground("heldout", count)
     config = EvalConfig(prompts=count, num_steps=steps, guidance=guidance)
+    models = models or ["playground"]
+    for name in models:
+        check_trained(name)
     results, first = [], None
-    for name in models or ["playground"]:
+    for name in models:
         loaded = _load(name, None)
-        found, _ = measure(loaded, Conditioner(loaded), spec, asked, config)
+        with Progress(transient=True, console=Console(stderr=True)) as bar:
+            task = bar.add_task(name, total=None)
+            found, _ = measure(
+                loaded, Conditioner(loaded), spec, asked, config,
+                lambda done, total: bar.update(task, completed=done, total=total),  # noqa: B023
+            )  # fmt: skip
         results.append(summarise(name, found) | ({"difference": compare(first, found)} if first else {}))
         first = first or found
     if as_json:

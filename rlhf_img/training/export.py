@@ -18,7 +18,7 @@ from rlhf_img.model.export import (
     save_lora,
     save_pipeline,
 )
-from rlhf_img.model.loading import Model, load
+from rlhf_img.model.loading import Model, load, local_folder
 from rlhf_img.model.official import load_checkpoint, save_checkpoint
 from rlhf_img.model.policy import POLICY
 
@@ -76,20 +76,30 @@ def open_trained(
     merged: the run's LoRA is added to the weights; else it is the role "policy". A student of TDM is sampled as a
     distilled model. Raises RlhfImgError if the run is not finished.
     """
+    check_trained(name)
     path = Path(name)
     if not (path / "config.yaml").is_file():
         return load(name, device=device, dtype=dtype)
     saved = load_yaml(path / "config.yaml")
     model = load(str(_settings(saved)["model"]), device=device, dtype=dtype)
-    if (path / LORA).is_dir():
+    if not (path / LORA).is_dir():
+        load_weights(model, path / WEIGHTS)
+    else:
         load_lora(model, path / LORA, POLICY)
         if merged:
             merge(model, POLICY)
-    elif (path / WEIGHTS / WEIGHTS_FILE).is_file():
-        load_weights(model, path / WEIGHTS)
-    else:
-        raise RlhfImgError(f"{path} has nothing trained yet: give a run's folder, and finish the run with --resume")
     return dataclasses.replace(model, is_distilled=model.is_distilled or saved["algorithm"] == "tdm")
+
+
+def check_trained(name: str) -> None:
+    """Raises RlhfImgError, without loading anything, if `open_trained` has no model or no finished run of this name."""
+    path = Path(name)
+    if not (path / "config.yaml").is_file():
+        local_folder(name.partition(".safetensors@")[2] or name)
+        return
+    _settings(load_yaml(path / "config.yaml"))
+    if not ((path / LORA).is_dir() or (path / WEIGHTS / WEIGHTS_FILE).is_file()):
+        raise RlhfImgError(f"{path} has nothing trained yet: give a run's folder, and finish the run with --resume")
 
 
 def _settings(saved: Mapping[str, Any]) -> Mapping[str, Any]:
