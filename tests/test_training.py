@@ -351,6 +351,13 @@ def test_a_killed_process_ends_the_others_and_the_run_goes_on(files: Path, tmp_p
     assert lines(killed)[3]["reward/bright/mean"] == pytest.approx(lines(whole)[3]["reward/bright/mean"], rel=0.01)
 
 
+def test_an_error_of_all_processes_is_said_once(files: Path, tmp_path: Path) -> None:
+    words = command(files, tmp_path / "run", "--processes", "2", "--rewards", "rubic")
+    ended = subprocess.run(words, capture_output=True, text=True)
+    assert ended.returncode == 2
+    assert ended.stderr.count("error:") == 1 and 'did you mean "rubric"' in ended.stderr
+
+
 def test_prompts_that_cannot_be_shared_are_an_error(files: Path, tmp_path: Path) -> None:
     ended = subprocess.run(command(files, tmp_path / "run", "--processes", "3"), capture_output=True, text=True)
     assert ended.returncode == 2

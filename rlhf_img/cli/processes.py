@@ -9,7 +9,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
+
+_SAME = 5.0
+"""Seconds that the first process has to fail as another did."""
 
 
 def started() -> bool:
@@ -45,12 +48,16 @@ def _run(count: int) -> int:
                     preexec_fn=_die_with_parent if sys.platform == "linux" else None,
                 ))  # fmt: skip
             failed = _wait(running)
+            if failed and running[failed].returncode > 1:  # the first may be about to say the same
+                with suppress(subprocess.TimeoutExpired):
+                    running[0].wait(_SAME)
         finally:
             for process in running:
                 process.terminate()
             for process in running:
                 process.wait()
-        if failed:
+        # What is wrong for all of them (exit code 2 or 3) is said once.
+        if failed and not running[0].returncode == running[failed].returncode > 1:
             said[failed - 1].seek(0)
             sys.stderr.buffer.write(said[failed - 1].read())
     if failed is None:
