@@ -193,7 +193,7 @@ def test_lora_files_that_cannot_be_used_are_said_clearly(model: Model, tmp_path:
     (tmp_path / "file").write_text("")
     with pytest.raises(RlhfImgError, match="give a writable folder"):
         save_lora(model, "policy", tmp_path / "file")
-    with pytest.raises(RlhfImgError, match="there is no pytorch_lora_weights.safetensors"):
+    with pytest.raises(RlhfImgError, match="holds no pytorch_lora_weights.safetensors"):
         load_lora(model, tmp_path, "new")
     (tmp_path / "pytorch_lora_weights.safetensors").write_bytes(b"not a file of tensors")
     with pytest.raises(RlhfImgError, match="is not a LoRA for this model"):

@@ -113,7 +113,7 @@ def test_people_calibrate_what_synthetic_pairs_began(
     [
         (["full=true"], "rlhf-img export"),
         (["--start", "UNFINISHED"], "has no LoRA: finish it with --resume"),
-        (["--start", "nowhere"], "there is no pytorch_lora_weights"),
+        (["--start", "nowhere"], 'there is no folder "nowhere"'),
     ],
 )
 def test_what_cannot_be_gone_on_from_is_refused(

@@ -249,7 +249,7 @@ def that_fuses_text(folder: Path) -> Path:
     [
         (["--teacher", "{no alpha}", "--model", "{model}"], "does not say its alpha"),
         (["--teacher", "{other}", "--model", "{model}"], "is not a LoRA for this model"),
-        (["--teacher", "nowhere", "--model", "{model}"], "there is no pytorch_lora_weights.safetensors"),
+        (["--teacher", "nowhere", "--model", "{model}"], 'there is no folder "nowhere"'),
         (["--teacher", "{unfinished}"], "finish it with --resume"),
         (["--model", "{turbo}"], "distilled already"),
         (["eval.num_steps=16"], "made for 3 steps"),

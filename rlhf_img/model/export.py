@@ -126,7 +126,9 @@ def load_lora(model: Model, path: str | Path, role: str) -> None:
     """
     file = _lora_file(path)
     if not file.is_file():
-        raise RlhfImgError(f'there is no {file.name} in "{file.parent}"; give a folder that `save_lora` wrote')
+        folder = file.parent
+        what = f'"{folder}" holds no {file.name}' if folder.is_dir() else f'there is no folder "{folder}"'
+        raise RlhfImgError(f"{what}; give that of a LoRA, such as a run's `lora`")
     if not role.isidentifier() or role in roles(model.transformer):
         raise RlhfImgError(f'a role needs a new name of letters, digits and underscores; got "{role}"')
     try:
