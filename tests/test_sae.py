@@ -125,8 +125,8 @@ def tiny_net() -> tuple[DefectNet, SparseAutoencoder]:
     net = DefectNet().eval()
     net.head.weight.data.zero_()
     net.head.weight.data[0, 0], net.head.weight.data[0, 1] = 1.0, -1.0
-    sae = SparseAutoencoder(64, 3, 3)
-    sae.decoder_FC.data = torch.eye(64)[:3]
+    sae = SparseAutoencoder(96, 3, 3)
+    sae.decoder_FC.data = torch.eye(96)[:3]
     sae.encoder_FC.data = sae.decoder_FC.data.clone()
     return net, sae.requires_grad_(False)
 
@@ -174,10 +174,10 @@ def write_folder(folder, net, sae, features, **more):
 def test_the_reward_says_what_the_list_changed(tmp_path):
     detector = load_detector()
     torch.manual_seed(0)
-    sae = SparseAutoencoder(64, 64, 64).requires_grad_(False)
-    sae.decoder_FC.data = torch.eye(64)
-    sae.encoder_FC.data = torch.eye(64)
-    every = [Feature(id=i, name=f"channel {i}", mark="style") for i in range(64)]
+    sae = SparseAutoencoder(96, 96, 96).requires_grad_(False)
+    sae.decoder_FC.data = torch.eye(96)
+    sae.encoder_FC.data = torch.eye(96)
+    every = [Feature(id=i, name=f"channel {i}", mark="style") for i in range(96)]
     pairs = make_pairs(7, split="heldout", seed=(3, 3))
     images, rubrics = Images(pairs.damaged_B3HW), [Rubric(prompt="a")] * 7
     plain = artifact(["a"] * 7, images, rubrics=rubrics)

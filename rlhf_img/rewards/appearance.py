@@ -100,10 +100,10 @@ def random_look(batch: int, side: int, generator: torch.Generator) -> Look:
         blur_B=blur,
         sharpen_B=sometimes(0.3, uniform(0.1, 0.7)),
         mottle_B3HW=mottle * sometimes(0.3, uniform(0.002, 0.015))[:, None, None, None],
-        vignette_B=sometimes(0.3, uniform(0.2, 0.95)),
+        vignette_B=sometimes(0.35, uniform(0.2, 0.95)),
         noise_B3HW=mono + torch.randn(batch, 3, side, side, generator=generator) * hiss,
         grain_B=grain,
-        jpeg_B=sometimes(0.3, uniform(math.log(12), math.log(95)).exp()).round(),
+        jpeg_B=sometimes(0.4, uniform(math.log(10), math.log(90)).exp()).round(),
     )
 
 

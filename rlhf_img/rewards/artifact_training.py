@@ -112,6 +112,7 @@ def train_artifact(
                      "settings": settings, "curve": curve}
             torch.save(state, checkpoint.with_suffix(".part"))
             os.replace(checkpoint.with_suffix(".part"), checkpoint)
+    _round(net)
     _calibrate(net.eval(), source, clean_transform)
     card = {"classes": list(net.classes), "side": source.side, "backbone": backbone, "config": asdict(config),
             "weights": settings["weights"], "pictures": source.card(),
@@ -140,10 +141,17 @@ def _go_on_from(weights: Path, config: ArtifactTraining, side: int) -> DefectNet
     return given.net
 
 
+def _round(net: DefectNet) -> None:
+    """Convolutions to 16 bits, as which they are written: the card is of what is read back."""
+    for module in net.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            module.weight.data = module.weight.data.half().float()
+
+
 def _write(out: Path, net: DefectNet, card: dict[str, Any]) -> None:
     """The weights and their card, each whole or not at all."""
     hidden = out.with_suffix(".part")
-    save_file({k: v.contiguous() for k, v in net.state_dict().items()}, hidden)
+    save_file({k: (v.half() if v.ndim == 4 else v).contiguous() for k, v in net.state_dict().items()}, hidden)
     os.replace(hidden, out)
     hidden.write_text(json.dumps(card, indent=2) + "\n")
     os.replace(hidden, out.with_suffix(".json"))
