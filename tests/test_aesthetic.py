@@ -101,7 +101,7 @@ def test_features_are_the_frozen_networks_pooled_by_hand() -> None:
         places = load_detector().net.embed(x)
     expected = torch.cat([places.mean((2, 3)), places.flatten(2).std(2), places.amax((2, 3))], 1)
     torch.testing.assert_close(features(x), expected)
-    assert features(torch.rand(1, 3, 160, 96)).shape == (1, 192)  # any size is brought to the network's
+    assert features(torch.rand(1, 3, 160, 96)).shape == (1, 288)  # any size is brought to the network's
 
 
 def test_it_learns_what_people_prefer(trained: tuple[Path, dict[str, Any]]) -> None:
