@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from test_training import run
 
 from rlhf_img.errors import RlhfImgError
 from rlhf_img.rewards import Images, load_rewards, score
 from rlhf_img.rewards import aesthetic_training as room
-from rlhf_img.rewards.aesthetic_model import open_features
+from rlhf_img.rewards.aesthetic_model import load_head, open_features
 from rlhf_img.rewards.aesthetic_training import AestheticTraining, train_aesthetic
 from rlhf_img.rewards.artifact_model import load_detector
 from rlhf_img.rewards.preference import bradley_terry, fingerprint, fitted_scale, measured, part_of
@@ -113,6 +114,17 @@ def test_it_learns_what_people_prefer(trained: tuple[Path, dict[str, Any]]) -> N
     pair = Pair(prompt="new", chosen=picture(rng, True), rejected=picture(rng, False))
     warm, cold = score([reward], ["new"] * 2, Images.from_pil(pair.images())).values_BK[:, 0].tolist()
     assert 0 <= cold < 0.5 < warm <= 1 and reward.range == (0.0, 1.0)
+
+
+def test_weights_for_another_networks_features_are_refused(
+    tmp_path: Path, trained: tuple[Path, dict[str, Any]]
+) -> None:
+    out, card = trained
+    tensors = load_file(out)
+    save_file(tensors | {"mean_F": tensors["mean_F"][:192].clone()}, tmp_path / "old.safetensors")
+    (tmp_path / "old.json").write_text(json.dumps(card))
+    with pytest.raises(RlhfImgError, match="made for 192 features, artifact now gives 288: train them again"):
+        load_head(tmp_path / "old.safetensors")
 
 
 def test_turned_pairs_turn_it(tmp_path: Path, trained: tuple[Path, dict[str, Any]]) -> None:

@@ -92,6 +92,11 @@ def load_head(weights: Path) -> AestheticModel:
     card: dict[str, Any] = json.loads(card_of(weights).read_text())
     features = open_features(card["backbone"])
     tensors = load_file(weights)
+    if (width := features(torch.zeros(1, 3, 64, 64)).shape[1]) != len(tensors["mean_F"]):
+        raise RlhfImgError(
+            f"aesthetic: {weights} were made for {len(tensors['mean_F'])} features, {features.name} now gives {width}: "
+            "train them again with rlhf-img reward train aesthetic"
+        )
     head = AestheticHead(len(tensors["mean_F"]), len(tensors["layers.1.bias"]))
     try:
         head.load_state_dict(tensors)
