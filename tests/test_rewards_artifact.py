@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from rlhf_img.errors import RlhfImgError
 from rlhf_img.playground.render import render
@@ -176,6 +177,10 @@ def test_missing_and_misfitting_weights_say_how_to_make_them(tmp_path):
     (tmp_path / "old.json").write_text(json.dumps({"classes": ["blob"], "side": 64}))
     with pytest.raises(RlhfImgError, match="know the classes"):
         load_detector(tmp_path / "old.safetensors")
+    (tmp_path / "narrow.json").write_text(WEIGHTS.with_suffix(".json").read_text())
+    save_file({"head.bias": torch.zeros(len(CLASSES))}, tmp_path / "narrow.safetensors")
+    with pytest.raises(RlhfImgError, match="another network than this version's. Train them again"):
+        load_detector(tmp_path / "narrow.safetensors")
 
 
 def test_shipped_weights_are_small_and_reach_what_they_must():

@@ -144,8 +144,8 @@ def load_detector(path: Path = WEIGHTS) -> Detector:
         net.load_state_dict(load_file(path))
     except RuntimeError as error:
         raise RlhfImgError(
-            f"artifact: the weights at {path} are of another network than this version's: {error}. Train them again "
-            "with: rlhf-img reward train artifact"
+            f"artifact: the weights at {path} are of another network than this version's. Train them again with: "
+            "rlhf-img reward train artifact"
         ) from error
     return Detector(net=net.eval().to(memory_format=torch.channels_last), side=int(card["side"]))  # type: ignore[call-overload]
 
