@@ -143,9 +143,9 @@ def _go_on_from(weights: Path, config: ArtifactTraining, side: int) -> DefectNet
 
 def _round(net: DefectNet) -> None:
     """Convolutions to 16 bits, as which they are written: the card is of what is read back."""
-    for module in net.modules():
-        if isinstance(module, torch.nn.Conv2d):
-            module.weight.data = module.weight.data.half().float()
+    for weight in net.parameters():
+        if weight.ndim == 4:
+            weight.data = weight.data.half().float()
 
 
 def _write(out: Path, net: DefectNet, card: dict[str, Any]) -> None:

@@ -82,12 +82,12 @@ def open_trained(
         return load(name, device=device, dtype=dtype)
     saved = load_yaml(path / "config.yaml")
     model = load(str(_settings(saved)["model"]), device=device, dtype=dtype)
-    if not (path / LORA).is_dir():
-        load_weights(model, path / WEIGHTS)
-    else:
+    if (path / LORA).is_dir():
         load_lora(model, path / LORA, POLICY)
         if merged:
             merge(model, POLICY)
+    else:
+        load_weights(model, path / WEIGHTS)
     return dataclasses.replace(model, is_distilled=model.is_distilled or saved["algorithm"] == "tdm")
 
 
