@@ -20,7 +20,7 @@ from rlhf_img.playground.scene import Scene, Thing
 from rlhf_img.rewards.appearance import STYLES, style_look
 from rlhf_img.rewards.artifact import artifact
 from rlhf_img.rewards.artifact_labels import join, read_labels
-from rlhf_img.rewards.artifact_losses import class_balance, detector_loss, pair_targets, style_variance
+from rlhf_img.rewards.artifact_losses import class_balance, detector_loss, nothing_broken, pair_targets, style_variance
 from rlhf_img.rewards.artifact_model import DefectNet, load_detector
 from rlhf_img.rewards.artifact_pairs import make_pairs
 from rlhf_img.rewards.artifact_training import AGAIN, ArtifactTraining, train_artifact
@@ -197,6 +197,14 @@ def test_pairs_come_with_the_clean_images_in_another_look():
     assert targets.damaged_B.tolist() == [False] * 7 + [True] * 7
     assert targets.class_BK[7:].argmax(dim=1).tolist() == pairs.class_B.tolist() and targets.class_BK[:7].sum() == 0
     assert (targets.cells_BKhw[7:].sum(dim=(1, 2, 3)) > 0)[pairs.visible_B].all()
+
+
+def test_a_clean_image_in_another_look_is_taught_to_be_whole_and_nothing_of_its_look():
+    heat = torch.zeros(2, len(CLASSES + APPEARANCES), 4, 4, requires_grad=True)
+    logits = torch.zeros(2, len(CLASSES + APPEARANCES), requires_grad=True)
+    detector_loss(heat, logits, nothing_broken(heat), 1.0).sum().backward()
+    for gradient in (logits.grad, heat.grad):
+        assert (gradient[:, : len(CLASSES)] > 0).all() and (gradient[:, len(CLASSES) :] == 0).all()
 
 
 # Classes of looks

@@ -47,6 +47,15 @@ def pair_targets(pairs: Pairs, heat_BKhw: Float[Tensor, "B K h w"]) -> Targets:
                    cells_BKhw=torch.cat([kinds_BS[..., None, None] * where, cells_BAhw], dim=1))
 
 
+def nothing_broken(heat_BKhw: Float[Tensor, "B K h w"]) -> Targets:
+    """Of clean images in looks of which nothing is said."""
+    batch, classes = heat_BKhw.shape[:2]
+    class_BK = torch.zeros(batch, classes)
+    class_BK[:, len(CLASSES) :] = torch.nan
+    return Targets(damaged_B=torch.zeros(batch, dtype=torch.bool), class_BK=class_BK,
+                   cells_BKhw=class_BK[..., None, None].expand_as(heat_BKhw))
+
+
 def detector_loss(
     heat_BKhw: Float[Tensor, "B K h w"], logits_BK: Float[Tensor, "B K"], target: Targets, heat_weight: float
 ) -> Float[Tensor, " B"]:

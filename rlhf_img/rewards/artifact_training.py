@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rlhf_img.errors import RlhfImgError
 from rlhf_img.rewards.artifact_labels import Labelled
-from rlhf_img.rewards.artifact_losses import detector_loss, pair_targets, style_variance
+from rlhf_img.rewards.artifact_losses import detector_loss, nothing_broken, pair_targets, style_variance
 from rlhf_img.rewards.artifact_measure import HELDOUT_SEED, auc, evaluate, evaluate_labelled, look_at
 from rlhf_img.rewards.artifact_model import DefectNet, load_detector
 from rlhf_img.rewards.artifact_pairs import PLAYGROUND, CleanTransform, PairSource
@@ -185,6 +185,10 @@ def _step(
     logits = net.pool(heat)
     losses = detector_loss(heat[: 2 * n], logits[: 2 * n], pair_targets(pairs, heat), config.heat_weight)
     losses = losses[torch.cat([torch.ones_like(pairs.visible_B), pairs.visible_B])]
+    if config.style_weight:
+        again = slice(2 * n, 3 * n)
+        restyled = detector_loss(heat[again], logits[again], nothing_broken(heat[again]), config.heat_weight)
+        losses = torch.cat([losses, restyled])
     if labels is not None:
         targets = labels.targets(places, (heat.shape[2], heat.shape[3]), mirrored)
         own = detector_loss(heat[-len(places) :], logits[-len(places) :], targets, config.heat_weight)
@@ -192,7 +196,7 @@ def _step(
     mean = losses.mean()
     if config.style_weight:
         defects = logits[:, net.structural]
-        mean = mean + config.style_weight * style_variance(defects[:n], defects[2 * n : 3 * n]).mean()
+        mean = mean + config.style_weight * style_variance(defects[:n], defects[again]).mean()
     if not torch.isfinite(mean):
         raise RlhfImgError(f"artifact training: the loss is {mean.item()} at step {step}; try a lower learning rate.")
     optimizer.zero_grad(set_to_none=True)
