@@ -82,15 +82,20 @@ def adopt(transformer: Krea2Transformer2DModel, name: str) -> None:
 
 def roles(transformer: Krea2Transformer2DModel) -> list[str]:
     """Names of all adapters, in the order they were added."""
-    return list(dict.fromkeys(name for layer in _layers(transformer).values() for name in layer.lora_A))
+    return _names(list(_layers(transformer).values()))
+
+
+def _names(layers: list[LoraLayer]) -> list[str]:
+    return list(dict.fromkeys(name for layer in layers for name in layer.lora_A))
 
 
 def role_parameters(transformer: Krea2Transformer2DModel, name: str) -> dict[str, nn.Parameter]:
     """The parameters of one role by layer; the keys of two roles with the same targets are equal."""
-    _require(transformer, name)
+    layers = _layers(transformer)
+    _require(list(layers.values()), name)
     return {
         f"{path}.{part}": adapters[name].weight
-        for path, layer in _layers(transformer).items()
+        for path, layer in layers.items()
         for part, adapters in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B))
         if name in adapters
     }
@@ -98,7 +103,11 @@ def role_parameters(transformer: Krea2Transformer2DModel, name: str) -> dict[str
 
 def active_role(transformer: Krea2Transformer2DModel) -> str | None:
     """The role that a forward uses now; None is the reference."""
-    layer = next(iter(_layers(transformer).values()), None)
+    return _active(list(_layers(transformer).values()))
+
+
+def _active(layers: list[LoraLayer]) -> str | None:
+    layer = next(iter(layers), None)
     if layer is None or layer.disable_adapters or not layer.active_adapters:
         return None
     if len(layer.active_adapters) > 1:
@@ -114,19 +123,23 @@ def role(transformer: Krea2Transformer2DModel, name: str | None) -> Iterator[Non
     gradients, also if `backward` comes after the block. With gradient checkpointing, which repeats the forward,
     `backward` must be inside. Raises RlhfImgError for an unknown role.
     """
-    before = active_role(transformer)
-    _activate(transformer, name)
+    layers = list(_layers(transformer).values())
+    if (before := _active(layers)) == name:
+        yield
+        return
+    _activate(layers, name)
     try:
         yield
     finally:
-        _activate(transformer, before)
+        _activate(layers, before)
 
 
 @contextmanager
 def scaled(transformer: Krea2Transformer2DModel, name: str, factor: float) -> Iterator[None]:
     """Inside, the role acts `factor` times as strongly. Raises RlhfImgError for an unknown role."""
-    _require(transformer, name)
-    layers = [layer for layer in _layers(transformer).values() if name in layer.lora_A]
+    adapted = list(_layers(transformer).values())
+    _require(adapted, name)
+    layers = [layer for layer in adapted if name in layer.lora_A]
     for layer in layers:
         layer.set_scale(name, factor)
     try:
@@ -145,16 +158,14 @@ def _layers(transformer: Krea2Transformer2DModel) -> dict[str, LoraLayer]:
     return {path: module for path, module in transformer.named_modules() if isinstance(module, LoraLayer)}
 
 
-def _require(transformer: Krea2Transformer2DModel, name: str) -> None:
-    known = roles(transformer)
-    if name not in known:
+def _require(layers: list[LoraLayer], name: str) -> None:
+    if name not in (known := _names(layers)):
         raise RlhfImgError(f'there is no role "{name}"; {did_you_mean(name, known)}')
 
 
-def _activate(transformer: Krea2Transformer2DModel, name: str | None) -> None:
+def _activate(layers: list[LoraLayer], name: str | None) -> None:
     if name is not None:
-        _require(transformer, name)
-    layers = _layers(transformer).values()
+        _require(layers, name)
     # peft freezes what it deactivates; a graph built before would then drop its gradients without a word.
     trainable = {p: p.requires_grad for layer in layers for p in layer.parameters()}
     for layer in layers:
@@ -173,6 +184,6 @@ def keep_state(transformer: Krea2Transformer2DModel) -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
         yield
-    _activate(transformer, before)
+    _activate(list(_layers(transformer).values()), before)
     for parameter, flag in trainable.items():
         parameter.requires_grad_(flag)
