@@ -202,10 +202,10 @@ def test_forward_gradient_is_that_of_a_slow_loop_from_the_paper(world: tuple[Mod
                 with policy.reference() as reference:
                     conditional = velocity(reference, *args)
                     unconditional = velocity(reference, *args[:2], empty[None], sampled.grid)
-                v_ref = 3 * conditional - 2 * unconditional
                 if s < config.min_sigma:
-                    total = total + config.hold * ((v - v_ref) ** 2).mean()
+                    total = total + config.hold * ((v - conditional) ** 2).mean()
                     continue
+                v_ref = 3 * conditional - 2 * unconditional
                 # on policy, the gradient of -A exp(log p - log p_old) is that of A |v - u|^2, here about v_ref
                 weighted = advantages[row] * (2 * (v_ref - (eps - x0)) * v).mean()
                 total = total + weighted + config.kl * ((v - v_ref) ** 2).mean()

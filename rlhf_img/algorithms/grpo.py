@@ -55,8 +55,8 @@ class GRPOConfig(StepsConfig):
     """Weight of the divergence from the reference; 0, without `hold`, skips its forwards. With "steps", whose
     divergence is larger, 0.04 is usual."""
     reference_guidance: float = 0.0
-    """Krea's g of the reference. Above 0 the policy, which samples without guidance, is held to the guided base: to its
-    prompt following and to its glitches."""
+    """Krea's g of the reference at the noise levels that are trained; what is below them is held to the unguided base.
+    Above 0 the policy, which samples without guidance, is pulled to the guided base's prompt following."""
     guard: bool = False
     """steps: GRPO-Guard: ratios without their bias, comparable between steps of different noise."""
     ema: float = 0.9
@@ -122,7 +122,9 @@ def replay(policy: Policy, sampled: Rollout, config: GRPOConfig) -> Iterator[Rep
     of_draws = config.reference_guidance if config.kl or config.holds else None
     for batch in sampled.batches:
         for draws in together(batch, config.batch_size):
-            v, v_ref = velocities(policy, sampled, draws.x_BNC, draws.sigma_B, draws.text_BLD, of_draws)
+            v, v_ref = velocities(
+                policy, sampled, draws.x_BNC, draws.sigma_B, draws.text_BLD, of_draws, guided_from=config.min_sigma
+            )
             yield _replay_draws(draws, v, v_ref, config)
         for step in [term for term in batch.terms if isinstance(term, Step)]:
             sigma = torch.tensor(step.sigma, device=step.x_BNC.device)

@@ -45,18 +45,24 @@ def together(batch: Batch, batch_size: int) -> Iterator[Draws]:
 
 def velocities(
     policy: Policy, sampled: Rollout, x_BNC: Float[Tensor, "B N C"], sigma: Tensor, text_BLD: Float[Tensor, "B L D"],
-    guidance: float | None,
+    guidance: float | None, guided_from: float = 0.0,
 ) -> tuple[Float[Tensor, "B N C"], Float[Tensor, "B N C"] | None]:  # fmt: skip
-    """That of the policy, with a graph, and that of the reference with Krea's g, or with None no second one."""
+    """That of the policy, with a graph, and that of the reference, with None no second one.
+
+    The reference has Krea's g at noise levels from `guided_from` on, and no guidance below.
+    """
     with policy.acting() as transformer:
         v = velocity(transformer, x_BNC, sigma, text_BLD, sampled.grid)
     if guidance is None:
         return v, None
     with policy.reference() as reference:
         v_ref = velocity(reference, x_BNC, sigma, text_BLD, sampled.grid)
-        if guidance > 0:
-            empty_BLD = sampled.empty_LD.expand(len(x_BNC), -1, -1)
-            v_ref += guidance * (v_ref - velocity(reference, x_BNC, sigma, empty_BLD, sampled.grid))
+        guided_B = sigma.expand(len(x_BNC)) >= guided_from
+        if guidance > 0 and guided_B.any():
+            sigma = sigma if sigma.numel() == 1 else sigma[guided_B]
+            empty_BLD = sampled.empty_LD.expand(int(guided_B.sum()), -1, -1)
+            v_empty = velocity(reference, x_BNC[guided_B], sigma, empty_BLD, sampled.grid)
+            v_ref[guided_B] += guidance * (v_ref[guided_B] - v_empty)
     return v, v_ref
 
 
