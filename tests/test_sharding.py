@@ -262,7 +262,8 @@ def test_the_role_that_acts_learns_and_nothing_else_moves_by_a_bit(tmp_path: Pat
         velocity(transformer, x, torch.tensor(0.5), text, (2, 2)).square().mean().backward()
     for name, p in one.parameters.items():
         assert torch.equal(first["gradients"][name], second["gradients"][name])
-        torch.testing.assert_close(first["gradients"][name], p.grad, rtol=1e-4, atol=1e-7)
+        # Sums in another order: how far apart they round differs between processors.
+        torch.testing.assert_close(first["gradients"][name], p.grad, rtol=1e-3, atol=1e-6)
 
 
 def samples_unevenly() -> Tensor:
