@@ -2,7 +2,7 @@
 
 import copy
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -82,17 +82,17 @@ def adopt(transformer: Krea2Transformer2DModel, name: str) -> None:
 
 def roles(transformer: Krea2Transformer2DModel) -> list[str]:
     """Names of all adapters, in the order they were added."""
-    return _names(list(_layers(transformer).values()))
+    return _names(_layers(transformer).values())
 
 
-def _names(layers: list[LoraLayer]) -> list[str]:
+def _names(layers: Collection[LoraLayer]) -> list[str]:
     return list(dict.fromkeys(name for layer in layers for name in layer.lora_A))
 
 
 def role_parameters(transformer: Krea2Transformer2DModel, name: str) -> dict[str, nn.Parameter]:
     """The parameters of one role by layer; the keys of two roles with the same targets are equal."""
     layers = _layers(transformer)
-    _require(list(layers.values()), name)
+    _require(layers.values(), name)
     return {
         f"{path}.{part}": adapters[name].weight
         for path, layer in layers.items()
@@ -103,10 +103,10 @@ def role_parameters(transformer: Krea2Transformer2DModel, name: str) -> dict[str
 
 def active_role(transformer: Krea2Transformer2DModel) -> str | None:
     """The role that a forward uses now; None is the reference."""
-    return _active(list(_layers(transformer).values()))
+    return _active(_layers(transformer).values())
 
 
-def _active(layers: list[LoraLayer]) -> str | None:
+def _active(layers: Collection[LoraLayer]) -> str | None:
     layer = next(iter(layers), None)
     if layer is None or layer.disable_adapters or not layer.active_adapters:
         return None
@@ -123,7 +123,7 @@ def role(transformer: Krea2Transformer2DModel, name: str | None) -> Iterator[Non
     gradients, also if `backward` comes after the block. With gradient checkpointing, which repeats the forward,
     `backward` must be inside. Raises RlhfImgError for an unknown role.
     """
-    layers = list(_layers(transformer).values())
+    layers = _layers(transformer).values()
     if (before := _active(layers)) == name:
         yield
         return
@@ -137,15 +137,15 @@ def role(transformer: Krea2Transformer2DModel, name: str | None) -> Iterator[Non
 @contextmanager
 def scaled(transformer: Krea2Transformer2DModel, name: str, factor: float) -> Iterator[None]:
     """Inside, the role acts `factor` times as strongly. Raises RlhfImgError for an unknown role."""
-    adapted = list(_layers(transformer).values())
-    _require(adapted, name)
-    layers = [layer for layer in adapted if name in layer.lora_A]
-    for layer in layers:
+    layers = _layers(transformer).values()
+    _require(layers, name)
+    adapted = [layer for layer in layers if name in layer.lora_A]
+    for layer in adapted:
         layer.set_scale(name, factor)
     try:
         yield
     finally:
-        for layer in layers:
+        for layer in adapted:
             layer.set_scale(name, 1.0)
 
 
@@ -158,12 +158,12 @@ def _layers(transformer: Krea2Transformer2DModel) -> dict[str, LoraLayer]:
     return {path: module for path, module in transformer.named_modules() if isinstance(module, LoraLayer)}
 
 
-def _require(layers: list[LoraLayer], name: str) -> None:
+def _require(layers: Collection[LoraLayer], name: str) -> None:
     if name not in (known := _names(layers)):
         raise RlhfImgError(f'there is no role "{name}"; {did_you_mean(name, known)}')
 
 
-def _activate(layers: list[LoraLayer], name: str | None) -> None:
+def _activate(layers: Collection[LoraLayer], name: str | None) -> None:
     if name is not None:
         _require(layers, name)
     # peft freezes what it deactivates; a graph built before would then drop its gradients without a word.
@@ -184,6 +184,6 @@ def keep_state(transformer: Krea2Transformer2DModel) -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
         yield
-    _activate(list(_layers(transformer).values()), before)
+    _activate(_layers(transformer).values(), before)
     for parameter, flag in trainable.items():
         parameter.requires_grad_(flag)

@@ -37,8 +37,9 @@ class ArtifactTraining:
 
     steps: optimiser steps. pairs: clean and damaged twins a step. labelled: labelled images a step, where there are
     any. lr: peak learning rate of AdamW, warmed up over 5 % of the steps and brought to 0 by a cosine. weight_decay: of
-    AdamW. heat_weight: weight of the heat maps' loss beside the images'. style_weight: of `style_variance`; 0 saves the
-    third of the work that it takes. appearance: also learn the classes of looks, `APPEARANCES`. seed: of everything.
+    AdamW. heat_weight: weight of the heat maps' loss beside the images'. style_weight: of `style_variance`; with 0 the
+    clean twins are not seen in a second look, which saves a third of the work. appearance: also learn the classes of
+    looks, `APPEARANCES`. seed: of everything.
     save_every: steps between checkpoints.
     """
 
