@@ -12,6 +12,7 @@ from rlhf_img.algorithms import grpo
 from rlhf_img.algorithms.awm import forward_logp
 from rlhf_img.algorithms.grpo import GRPOConfig
 from rlhf_img.algorithms.rollout import Batch, Draw, Rollout, Step, rollout
+from rlhf_img.algorithms.updating import split
 from rlhf_img.errors import RlhfImgError, RunStopped
 from rlhf_img.model.conditioning import Conditioner
 from rlhf_img.model.flow import cps_step
@@ -112,6 +113,13 @@ def test_shared_noise_differs_only_by_the_window(world: tuple[Model, Policy, Con
         end = steps_of(batch)[-1].x_next_BNC.unflatten(0, (-1, CONFIG.group))
         assert torch.allclose(start[:, 0], start[:, 1], atol=1e-5)
         assert (end[:, 0] - end[:, 1]).abs().amax() > 0.1
+
+
+def test_every_update_has_images_when_all_prompts_are_as_long(world: tuple[Model, Policy, Conditioner]) -> None:
+    model, policy, conditioner = world
+    config = dataclasses.replace(FORWARD, prompts=4, updates=2)
+    parts = split(rollout(model, policy, conditioner, PROMPTS[:1] * 4, config, 0), config.updates)
+    assert [sum(len(batch.rows_B) for batch in part.batches) for part in parts] == [2 * config.group] * 2
 
 
 def test_draws_share_noise_within_a_group_alone(world: tuple[Model, Policy, Conditioner]) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import Krea2Pipeline
+from peft.tuners.lora import Linear
 from test_model_krea import PROMPTS, SIZE, half_pipeline, tiny_pipeline
 from torch import Tensor
 
@@ -13,7 +14,16 @@ from rlhf_img.model.conditioning import Conditioner
 from rlhf_img.model.export import load_lora, save_lora
 from rlhf_img.model.forward import velocity
 from rlhf_img.model.loading import Model, from_pipeline
-from rlhf_img.model.lora import TARGETS, TIME_TARGETS, active_role, add_role, role, role_parameters, roles
+from rlhf_img.model.lora import (
+    TARGETS,
+    TIME_TARGETS,
+    FusedLinear,
+    active_role,
+    add_role,
+    role,
+    role_parameters,
+    roles,
+)
 from rlhf_img.model.sampling import initial_noise, sample
 
 
@@ -70,6 +80,42 @@ def test_switching_roles_leaks_nothing_bit_for_bit(model: Model) -> None:
     with pytest.raises(KeyError), role(transformer, "a"):
         raise KeyError
     assert active_role(transformer) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fused_layers_are_pefts_with_fewer_passes(dtype: torch.dtype) -> None:
+    model = from_pipeline(tiny_pipeline() if dtype == torch.float32 else half_pipeline(), default_size=SIZE)
+    add_role(model.transformer, "policy", rank=4, alpha=8.0)
+    disturb(model, "policy", 1)
+    parameters = list(role_parameters(model.transformer, "policy").values())
+
+    def found() -> tuple[Tensor, Tensor]:
+        with role(model.transformer, "policy"):
+            v = look(model)
+        gradients = torch.autograd.grad(v.square().sum(), parameters)
+        return v.detach(), torch.cat([g.flatten() for g in gradients])
+
+    fused = found()
+    layers = [layer for layer in model.transformer.modules() if isinstance(layer, FusedLinear)]
+    assert len(layers) == len(parameters) // 2
+    for layer in layers:
+        layer.__class__ = Linear
+    for ours, stock in zip(fused, found(), strict=True):
+        assert float((ours - stock).norm() / stock.norm()) < (1e-5 if dtype == torch.float32 else 0.03)
+
+
+def test_a_fused_layer_takes_what_only_pefts_own_way_can(model: Model) -> None:
+    add_role(model.transformer, "policy", rank=4, alpha=8.0)
+    disturb(model, "policy", 1)
+    layer = next(layer for layer in model.transformer.modules() if isinstance(layer, FusedLinear)).bfloat16()
+    layer.lora_A["policy"].float(), layer.lora_B["policy"].float()
+    layer.set_adapter("policy")
+    layer.enable_adapters(True)
+    x = torch.randn(2, 3, layer.in_features, generator=torch.Generator().manual_seed(0)).bfloat16()
+    half = layer(x)  # no autocast: two dtypes
+    assert half.dtype == torch.bfloat16 and torch.equal(half, Linear.forward(layer, x))
+    layer.merge()
+    assert torch.allclose(layer(x), half, atol=0.05, rtol=0.05)  # merged: not added a second time
 
 
 def test_a_step_of_one_role_changes_nothing_else(model: Model) -> None:

@@ -393,7 +393,8 @@ def test_a_run_learns_to_draw_what_spreads_and_rests_what_is_solved() -> None:
 
 def test_without_a_curriculum_prompts_take_turns_as_ever() -> None:
     pool = PromptPool(PROMPTS, PoolConfig(), seed=3)
-    expected = [[p.text for p in prompt_room.draw(PROMPTS, 2, step, 3)] for step in range(9)]
+    turns = [prompt_room.turns(np.zeros(len(PROMPTS), int), 2, step, 3) for step in range(9)]
+    expected = [[PROMPTS[i].text for i in turn] for turn in turns]
     assert iterate(pool, range(1, 10)) == expected
 
 

@@ -19,7 +19,7 @@ from rlhf_img.cli.main import main
 from rlhf_img.errors import RlhfImgError
 from rlhf_img.training import prompts as prompt_room
 from rlhf_img.training.intervals import interval, ratio_interval
-from rlhf_img.training.prompts import Prompt, read_prompts
+from rlhf_img.training.prompts import read_prompts
 
 SMALL = (
     "grpo.prompts=2", "grpo.group=3", "grpo.num_steps=4", "eval.num_steps=2", "eval.diversity_prompts=2",
@@ -279,11 +279,21 @@ def test_prompts_that_cannot_be_used_say_so(tmp_path: Path, name: str, text: str
 
 
 def test_an_epoch_holds_every_prompt_once_and_depends_on_its_step_alone() -> None:
-    prompts = [Prompt(str(i)) for i in range(10)]
-    steps = [prompt_room.draw(prompts, 5, step, seed=1) for step in range(4)]
-    assert {p.text for p in steps[0] + steps[1]} == {p.text for p in steps[2] + steps[3]} == set("0123456789")
+    steps = [prompt_room.turns(np.zeros(10, int), 5, step, seed=1) for step in range(4)]
+    assert set(steps[0] + steps[1]) == set(steps[2] + steps[3]) == set(range(10))
     assert steps[0] + steps[1] != steps[2] + steps[3]
-    assert prompt_room.draw(prompts, 5, 3, seed=1) == steps[3]
+    assert prompt_room.turns(np.zeros(10, int), 5, 3, seed=1) == steps[3]
+    assert sorted(prompt_room.turns(np.zeros(2, int), 5, 3, seed=1)) in ([0, 0, 0, 1, 1], [0, 0, 1, 1, 1])
+
+
+def test_the_prompts_of_an_iteration_are_about_as_long_and_those_left_over_have_their_turn() -> None:
+    lengths = np.random.default_rng(0).integers(8, 26, 403)
+    epoch = [prompt_room.turns(lengths, 8, step, seed=1) for step in range(50)]
+    assert len({i for drawn in epoch for i in drawn}) == 400
+    assert sum(len(set(lengths[drawn])) > 1 for drawn in epoch) <= 17  # at most where two of the 18 lengths meet
+    means = [lengths[drawn].mean() for drawn in epoch]
+    assert all(abs(np.mean(means[i : i + 8]) - np.mean(means)) < 1.5 for i in range(43))  # short and long in any eight
+    assert {i for step in range(150) for i in prompt_room.turns(lengths, 8, step, seed=1)} == set(range(403))
 
 
 def test_intervals_hold_their_mean_and_ignore_what_is_not_known() -> None:

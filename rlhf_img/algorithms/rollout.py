@@ -210,8 +210,9 @@ def rollout(
 
 
 def images_at_once(config: RolloutConfig) -> int:
-    """Images of one prompt length that share a forward, at most: whole groups where they fit."""
-    return config.batch_size // config.group * config.group or config.batch_size
+    """Images of one prompt length that share a forward, at most: whole groups where they fit, and a batch an update."""
+    most = min(config.batch_size, config.prompts // config.updates * config.group)
+    return most // config.group * config.group or most
 
 
 def _window(config: StepsConfig, generator: torch.Generator) -> range:

@@ -4,9 +4,10 @@ from collections import OrderedDict, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers import Krea2Pipeline
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from rlhf_img.model.forward import by_length, fuse_text
@@ -57,6 +58,10 @@ class Conditioner:
         for rows, hidden in by_length([kept[prompt] for prompt in prompts]):
             fused.update(zip(rows, fuse_text(transformer, hidden), strict=True))
         return [fused[i] for i in range(len(prompts))]
+
+    def lengths(self, prompts: Sequence[str]) -> Int[np.ndarray, " N"]:
+        """L of each prompt's features, without computing them."""
+        return np.array([len(self._tokens(prompt)) - self._drop for prompt in prompts])
 
     def read_ahead(self, prompts: Iterable[str]) -> Iterator[int]:
         """Put all prompts into the store, if there is one, and yield now and then how many of them are there. What it

@@ -89,6 +89,8 @@ class Parts:
     conditioner: Conditioner
     optimizer: torch.optim.Optimizer
     pairs: list[EncodedPair]
+    lengths_N: np.ndarray
+    """Of their prompts, in tokens."""
     heldout: list[EncodedPair]
     beta: float
     """`beta_mean`, given or measured."""
@@ -110,10 +112,11 @@ def prepare(config: Config) -> tuple[Parts, Job]:
         list(policy.parameters.values()), lr=config.dpo.lr, weight_decay=config.dpo.weight_decay
     )
     conditioner = Conditioner(model, store=config.compute.text_store)
-    beta = config.dpo.beta_mean or _measured_beta(config, model, policy, conditioner, train, heldout)
+    lengths_N = conditioner.lengths([pair.prompt for pair in train])
+    beta = config.dpo.beta_mean or _measured_beta(config, model, policy, conditioner, train, lengths_N, heldout)
     parts = Parts(
         config=config, model=model, policy=policy, conditioner=conditioner, optimizer=optimizer, pairs=train,
-        heldout=heldout, beta=beta,
+        lengths_N=lengths_N, heldout=heldout, beta=beta,
     )  # fmt: skip
     dimensions = train[0].winner_NC.numel()
     measured = "" if config.dpo.beta_mean else f", measured in {config.dpo.calibration_steps} trial steps"
@@ -135,7 +138,8 @@ def iteration(parts: Parts, step: int) -> dict[str, float]:
     lr = config.dpo.lr * (1 - (step - 1) / config.steps)
     for group in parts.optimizer.param_groups:
         group["lr"] = lr
-    batches = _batches(config, parts.model, parts.conditioner, _drawn(config, parts.pairs, step), _seed(config, step))
+    drawn = _drawn(config, parts.pairs, parts.lengths_N, step)
+    batches = _batches(config, parts.model, parts.conditioner, drawn, _seed(config, step))
     clock.lap("data")
     try:
         trained = dpo.update(
@@ -228,10 +232,10 @@ def split(pairs: list[EncodedPair], heldout: int) -> tuple[list[EncodedPair], li
 
 def _measured_beta(
     config: Config, model: Model, policy: Policy, conditioner: Conditioner, train: list[EncodedPair],
-    heldout: list[EncodedPair],
+    lengths_N: np.ndarray, heldout: list[EncodedPair],
 ) -> float:  # fmt: skip
     trial = [
-        _batches(config, model, conditioner, _drawn(config, train, step), _seed(config, step))
+        _batches(config, model, conditioner, _drawn(config, train, lengths_N, step), _seed(config, step))
         for step in range(1, config.dpo.calibration_steps + 1)
     ]
     try:
@@ -253,8 +257,8 @@ def _heldout_prompts(config: Config, heldout: list[EncodedPair]) -> list[Prompt]
     return found[: config.eval.prompts]
 
 
-def _drawn(config: Config, pairs: list[EncodedPair], step: int) -> list[EncodedPair]:
-    return [pairs[i] for i in prompt_room.turns(len(pairs), config.dpo.pairs, step - 1, config.seed)]
+def _drawn(config: Config, pairs: list[EncodedPair], lengths_N: np.ndarray, step: int) -> list[EncodedPair]:
+    return [pairs[i] for i in prompt_room.turns(lengths_N, config.dpo.pairs, step - 1, config.seed)]
 
 
 def _seed(config: Config, step: int) -> int:

@@ -99,10 +99,11 @@ def prepare(config: OnlineConfig, learn: Learn) -> tuple[Parts, Job]:
     optimizer = torch.optim.AdamW(
         list(policy.parameters.values()), lr=config.method.lr, weight_decay=config.method.weight_decay
     )
+    conditioner = Conditioner(model, store=config.compute.text_store)
+    lengths_N = conditioner.lengths([prompt.text for prompt in prompts])
     parts = Parts(
-        config=config, model=model, policy=policy,
-        conditioner=Conditioner(model, store=config.compute.text_store), optimizer=optimizer, rewards=rewards,
-        pool=PromptPool(prompts, config.pool, config.seed, pool_of(config)),
+        config=config, model=model, policy=policy, conditioner=conditioner, optimizer=optimizer, rewards=rewards,
+        pool=PromptPool(prompts, config.pool, config.seed, pool_of(config), lengths_N),
     )  # fmt: skip
     job = Job(
         config=config, model=model, conditioner=parts.conditioner, trained={"policy": (policy, optimizer)},

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from jaxtyping import Int
 
 from rlhf_img.errors import RlhfImgError, did_you_mean
 from rlhf_img.playground.data import prompts as playground_prompts
@@ -31,6 +32,7 @@ def from_playground(split: Split, count: int) -> list[Prompt]:
     return [Prompt(text) for text in playground_prompts(split, count)]
 
 
+_GOLDEN = (5**0.5 - 1) / 2
 FORMATS = ".txt, .jsonl, .yaml, .parquet, a dataset's folder, or a pool (.sqlite)"
 
 
@@ -131,21 +133,17 @@ def split_heldout(prompts: Sequence[Prompt], share: float, seed: int) -> tuple[l
     return [prompts[i] for i in sorted(order[count:])], [prompts[i] for i in sorted(order[:count])]
 
 
-def draw(prompts: Sequence[Prompt], count: int, step: int, seed: int) -> list[Prompt]:
-    """The prompts of iteration `step`, counted from 0, as `turns` says."""
-    return [prompts[i] for i in turns(len(prompts), count, step, seed)]
+def turns(lengths_N: Int[np.ndarray, " N"], count: int, step: int, seed: int) -> list[int]:
+    """Which `count` of N things with these lengths iteration `step`, counted from 0, gets: of about one length, so that
+    they share a forward. Iterations that follow each other have all lengths in turn, short and long as they come.
 
-
-def turns(total: int, count: int, step: int, seed: int) -> list[int]:
-    """Which `count` of `total` things iteration `step` gets: each once in random order, then again in another order.
-
+    In an epoch each thing has one turn, but for fewer than `count` that are left over, which are others in every epoch.
     It depends on its arguments alone, so that a resumed run goes on as if it had not been stopped.
     """
-    orders: dict[int, np.ndarray] = {}
-    drawn = []
-    for place in range(step * count, (step + 1) * count):
-        epoch, index = divmod(place, total)
-        if epoch not in orders:
-            orders[epoch] = np.random.default_rng((seed, epoch)).permutation(total)
-        drawn.append(int(orders[epoch][index]))
-    return drawn
+    each = max(len(lengths_N) // count, 1)
+    epoch, index = divmod(step, each)
+    rng = np.random.default_rng((seed, epoch))
+    order = np.resize(rng.permutation(len(lengths_N)), each * count)  # again from the start where N < count
+    alike = order[np.argsort(lengths_N[order], kind="stable")].reshape(each, count)
+    spread = (np.arange(each) * _GOLDEN + rng.random()) % 1  # any few that follow each other are far apart in [0, 1)
+    return [int(i) for i in alike[spread.argsort().argsort()[index]]]

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -64,6 +65,8 @@ class Parts:
     conditioner: Conditioner
     optimizer: torch.optim.Optimizer
     data: list[Captioned]
+    lengths_N: np.ndarray
+    """Of their captions, in tokens."""
     latents: dict[int, Tensor]
     """Of the images seen so far, (N, C) on the CPU."""
 
@@ -80,9 +83,10 @@ def prepare(config: Config) -> tuple[Parts, Job]:
     optimizer = torch.optim.AdamW(
         list(policy.parameters.values()), lr=config.sft.lr, weight_decay=config.sft.weight_decay
     )
+    conditioner = Conditioner(model, store=config.compute.text_store)
     parts = Parts(
-        config=config, model=model, policy=policy,
-        conditioner=Conditioner(model, store=config.compute.text_store), optimizer=optimizer, data=data, latents={},
+        config=config, model=model, policy=policy, conditioner=conditioner, optimizer=optimizer, data=data,
+        lengths_N=conditioner.lengths([image.prompt for image in data]), latents={},
     )  # fmt: skip
     job = Job(
         config=config, model=model, conditioner=parts.conditioner, trained={"policy": (policy, optimizer)},
@@ -99,7 +103,7 @@ def iteration(parts: Parts, step: int) -> dict[str, float]:
     lr = config.sft.lr * (1 - (step - 1) / config.steps)
     for group in parts.optimizer.param_groups:
         group["lr"] = lr
-    places = prompt_room.turns(len(parts.data), config.sft.images, step - 1, config.seed)
+    places = prompt_room.turns(parts.lengths_N, config.sft.images, step - 1, config.seed)
     drawn = batches(parts, places, config.seed * 100_003 + step)
     clock.lap("data")
     try:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -98,6 +99,8 @@ class Parts:
     conditioner: Conditioner
     optimizers: dict[str, torch.optim.Optimizer]
     prompts: list[Prompt]
+    lengths_N: np.ndarray
+    """Of the prompts, in tokens."""
 
 
 def prepare(config: Config) -> tuple[Parts, Job]:
@@ -131,7 +134,7 @@ def prepare(config: Config) -> tuple[Parts, Job]:
     panel, prompts = set_aside(config, model, shipped, conditioner, student, start, prompts)
     parts = Parts(
         config=config, model=shipped, student=student, critic=critic, conditioner=conditioner,
-        optimizers=optimizers, prompts=prompts,
+        optimizers=optimizers, prompts=prompts, lengths_N=conditioner.lengths([prompt.text for prompt in prompts]),
     )  # fmt: skip
     job = Job(
         config=config, model=shipped, conditioner=parts.conditioner,
@@ -192,7 +195,8 @@ def iteration(parts: Parts, step: int) -> dict[str, float]:
     """One iteration of TDM: the student draws, the critic learns what it draws, the student moves. Flat metrics."""
     config = parts.config
     clock = Clock()
-    drawn = prompt_room.draw(parts.prompts, config.tdm.prompts, step - 1, config.seed)
+    turn = prompt_room.turns(parts.lengths_N, config.tdm.prompts, step - 1, config.seed)
+    drawn = [parts.prompts[i] for i in turn]
     seed = (config.seed * 100_003 + step) * 100_000  # an image's is this and its place
     sampled = tdm.rollout(
         parts.model, parts.student, parts.conditioner, [p.text for p in drawn], config.tdm, seed,

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import Int
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch import Tensor
@@ -68,9 +69,16 @@ class PromptPool:
     come from the groups of all processes.
     """
 
-    def __init__(self, prompts: Sequence[Prompt], config: PoolConfig, seed: int, source: Path | None = None) -> None:
-        """source: the pool that the prompts were read from, if it was one, whose knowledge of them is the start."""
+    def __init__(
+        self, prompts: Sequence[Prompt], config: PoolConfig, seed: int, source: Path | None = None,
+        lengths_N: Int[np.ndarray, " N"] | None = None,
+    ) -> None:  # fmt: skip
+        """source: the pool that the prompts were read from, if it was one, whose knowledge of them is the start.
+
+        lengths_N: of the prompts, in tokens; without a curriculum those of an iteration are about as long.
+        """
         self._prompts, self._config, self._seed = list(prompts), config, seed
+        self._lengths_N = np.zeros(len(prompts), np.int64) if lengths_N is None else lengths_N
         self._stats, self._cluster_N = Statistics.unknown(len(prompts)), np.zeros(len(prompts), np.int64)
         self._clock, self._ids = 0, list[int]()
         self._origin: Path | None = None
@@ -100,7 +108,7 @@ class PromptPool:
             rng = np.random.default_rng((self._seed, step, _STREAM))
             self._drawn = draw_weighted(self._weights_N, count, rng)
         else:
-            self._drawn = turns(len(self._prompts), count, step - 1, self._seed)
+            self._drawn = turns(self._lengths_N, count, step - 1, self._seed)
         return [self._prompts[row] for row in self._drawn]
 
     def measure_noise(self, rewards: Sequence[Reward], prompt: Prompt, images: Images) -> dict[str, float]:
