@@ -86,6 +86,9 @@ def test_two_processes_do_what_one_does(
     assert [row.keys() for row in two] == [row.keys() for row in one]
     known = {key for key, value in one[0].items() if value is not None}
     assert known == {key for key, value in two[0].items() if value is not None}
+    counted = {key for key in known if key.endswith("/place")}  # a share of comparisons, of which some are near
+    assert [two[0][key] for key in counted] == pytest.approx([one[0][key] for key in counted], abs=0.03)
+    known -= counted
     assert [two[0][key] for key in known] == pytest.approx([one[0][key] for key in known], rel=1e-3, abs=1e-5)
     assert two[1]["loss"] == pytest.approx(one[1]["loss"], rel=0.05)  # Adam's first step is the gradient's sign
     before = [json.loads((tmp_path / name / "eval_before.json").read_text()) for name in ("one", "two")]

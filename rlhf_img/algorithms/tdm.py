@@ -18,8 +18,9 @@ Stages do not overlap, so tau says which stage's law is meant and one critic ser
 
 g is Krea's, v + g (v - v_empty): the published scale is w = 1 + g. Student, critic and teacher are roles over one base.
 
-What we added: the first iterations (`warmup`) teach the student guidance alone, by regression on its own way from noise
-to image (guidance distillation, arXiv 2210.03142), mean |v_student - v_guided|^2, while the critic learns as always.
+What we added: the first iterations (`warmup`) teach the student by regression on its own way from noise to image, while
+the critic learns as always: mean |v_student - v*|^2, where v* leads to where the guided teacher gets from there to the
+stage's end in `warmup_substeps` steps (guidance distillation, arXiv 2210.03142; progressive distillation, 2202.00512).
 The target has no noise of a critic in it, and matching of laws then begins close to where it ends.
 
 Left out: the published importance weight (tempered by the number of dimensions it stays within a few per cent of 1),
@@ -59,6 +60,9 @@ class TDMConfig:
     warmup: int = 40
     """Iterations at the start in which the student learns guidance alone: the guided teacher's velocity, where the
     student itself comes along. 0: none."""
+    warmup_substeps: int = 2
+    """Steps of the guided teacher that one of the student's is to make there: it learns to make K as good as K times
+    this."""
     warmup_updates: int = 8
     """Optimiser steps of the student in each of them, on stages of its own: drawing costs as much as three of them."""
     critic_target: Literal["ambient", "tdm_x0", "dmd"] = "ambient"
@@ -89,11 +93,12 @@ class TDMConfig:
 
     def __post_init__(self) -> None:
         """Raises RlhfImgError for values that cannot work together."""
-        counts = (self.prompts, self.images, self.num_steps, self.warmup_updates, self.critic_updates, self.batch_size)
+        counts = (self.prompts, self.images, self.num_steps, self.warmup_substeps, self.warmup_updates,
+                  self.critic_updates, self.batch_size)  # fmt: skip
         require(
             {
-                "tdm.prompts, tdm.images, tdm.num_steps, tdm.warmup_updates, tdm.critic_updates and tdm.batch_size "
-                "must be 1 or more": min(counts) >= 1,
+                "tdm.prompts, tdm.images, tdm.num_steps, tdm.warmup_substeps, tdm.warmup_updates, tdm.critic_updates "
+                "and tdm.batch_size must be 1 or more": min(counts) >= 1,
                 "tdm.warmup must be 0 or more": self.warmup >= 0,
                 "tdm.guidance is Krea's g, 0 (off) or more; the common scale w is 1 + g": self.guidance >= 0,
                 "tdm.margin is a share of a stage at each end, above 0 and below 0.5": 0 < self.margin < 0.5,
@@ -254,16 +259,23 @@ def teach_guidance(
     student: Policy, optimizer: torch.optim.Optimizer, sampled: Rollout, config: TDMConfig, generator: torch.Generator,
     average_gradients: AverageGradients = alone,
 ) -> dict[str, float]:  # fmt: skip
-    """One optimiser step of the student towards the guided teacher's velocity at one of its own states of each image.
+    """One optimiser step of the student towards the guided teacher's way through one stage of each image, from the
+    student's own state at its start.
 
     Returns `loss`, `grad_norm` and `guidance`, the root mean square of what guidance changes of the predicted image.
     Raises FloatingPointError before a step that is not finite.
     """
 
     def loss(batch: Batch, stages: Stages, noise: Tensor, x: Tensor, v: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        v_teacher, v_empty = _taught(student, x, stages.start_B, batch, sampled, config)
-        ca = config.guidance * (v_teacher - v_empty)
-        loss_B = (v - v_teacher - ca).square().flatten(1).mean(1)
+        target, ca, there = torch.zeros_like(v), torch.zeros_like(v), x
+        for step in range(config.warmup_substeps):
+            level_B = torch.lerp(stages.start_B, stages.end_B, step / config.warmup_substeps)
+            v_teacher, v_empty = _taught(student, there, level_B, batch, sampled, config)
+            guided = v_teacher + config.guidance * (v_teacher - v_empty)
+            there = there + wide((stages.end_B - stages.start_B) / config.warmup_substeps, x) * guided
+            target = target + guided / config.warmup_substeps
+            ca = ca + config.guidance * (v_teacher - v_empty) / config.warmup_substeps
+        loss_B = (v - target).square().flatten(1).mean(1)
         return loss_B, {"loss": loss_B.detach(), "guidance": _rms(wide(stages.start_B, x) * ca)}
 
     return _update(student, optimizer, sampled, config, generator, loss, average_gradients)

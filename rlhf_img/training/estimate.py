@@ -93,7 +93,7 @@ def plan_of(config: RunConfig) -> Plan:
             c, images = config.tdm, config.tdm.prompts * config.tdm.images
             at_once, guided = min(c.batch_size, images), int(c.guidance > 0)
             # Of both kinds of iterations, one of the warm-up is the costlier one.
-            updates, judges = (c.warmup_updates, 1 + guided) if c.warmup else (1, 2 + guided)
+            updates, judges = (c.warmup_updates, c.warmup_substeps * (1 + guided)) if c.warmup else (1, 2 + guided)
             return Plan(
                 works=(
                     Work(phase="rollout", images=c.num_steps * images, at_once=at_once),
