@@ -15,7 +15,7 @@ from tiny import PROMPTS, SIZE, save_tiny, tiny_model
 
 from rlhf_img.algorithms import tdm
 from rlhf_img.cli.main import main
-from rlhf_img.config import from_mapping
+from rlhf_img.config import from_mapping, parse_overrides
 from rlhf_img.model.conditioning import Conditioner
 from rlhf_img.model.export import LORA_FILE, load_lora, merge, save_lora
 from rlhf_img.model.loading import load
@@ -155,6 +155,16 @@ def test_the_best_weights_are_kept_and_a_run_stops_when_they_are_past(
     # A finished run that is resumed stays where it stopped.
     assert run(monkeypatch, ["tdm", "--out", str(out), "--resume"]) == 0
     assert len(lines(out)) == 4
+
+
+def test_the_panel_looks_from_the_end_of_the_warm_up_on_and_at_the_last_weights(files: Path) -> None:
+    more = ["tdm.warmup=5", "panel.every=4", f"teacher={files / 'aligned'}"]
+    inherited = settings_of(str(files / "aligned"), room.INHERITED)
+    config = from_mapping(room.Config, {**inherited, **parse_overrides([*SMALL, *more])}, "settings")
+    panel = room.prepare(config)[1].panel
+    assert panel is not None
+    assert [step for step in range(1, 12) if panel.is_due(step, 11)] == [5, 8, 11]
+    assert [step for step in range(1, 4) if panel.is_due(step, 3)] == [3]  # a run that ends before
 
 
 class _Killed(Exception):

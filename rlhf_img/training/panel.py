@@ -55,6 +55,8 @@ class Panel:
     at_most: Callable[[], Mapping[str, float]] = dict
     """Of a reward the most that counts: a student that gives up one thing for more of another than its teacher has is
     no better for it."""
+    begins: int = 0
+    """The iteration after which it looks first. While a rate is still high, the best look is a matter of chance."""
 
     def look(self) -> dict[str, float]:
         """Measures the averaged weights: `panel/score`, the mean over rewards of their place in their range, each
@@ -68,6 +70,10 @@ class Panel:
             SCORE: float(np.mean(places)), **{f"panel/{name}": value for name, value in means.items()},
             "panel/saturation": float(np.mean(colours(drawn.images.tensor)["saturation"])),
         }  # fmt: skip
+
+    def is_due(self, step: int, last: int) -> bool:
+        """Whether to look after iteration `step` of `last`."""
+        return step in (self.begins, last) or (step > self.begins and step % self.config.every == 0)
 
     def draw(self, model: Model, num_steps: int, guidance: float) -> Drawn:
         """The panel's prompts from its seeds by `model` as it is now, scored."""
@@ -100,7 +106,7 @@ class Best:
     def look(self, step: int, last: int) -> dict[str, float]:
         """The panel's metrics if one is due after iteration `step` of `last`; better weights are kept."""
         panel = self._panel
-        if panel is None or not panel.config.every or (step % panel.config.every and step != last):
+        if panel is None or not panel.config.every or not panel.is_due(step, last):
             return {}
         metrics = panel.look()
         before = self.score

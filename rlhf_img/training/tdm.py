@@ -171,6 +171,7 @@ def set_aside(
         config=config.panel, model=shipped, conditioner=conditioner, policy=student,
         rewards=[r for r in load_rewards(config.rewards) if r.role != "measure"],
         prompts=prompts[:count] or prompts[: config.panel.prompts], settings=config.eval, at_most=teachers,
+        begins=config.tdm.warmup,
     )  # fmt: skip
     return panel, prompts[count:]
 
