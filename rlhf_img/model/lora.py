@@ -27,7 +27,7 @@ class FusedLinear(Linear):
 
     def forward(self, x: Float[Tensor, "... I"], *args: Any, **kwargs: Any) -> Float[Tensor, "... O"]:
         names = self.active_adapters
-        if args or kwargs or self.disable_adapters or self.merged or len(names) > 1 or not self._is_plain(names[0], x):
+        if args or kwargs or self.disable_adapters or self.merged or len(names) != 1 or not self._is_plain(names[0], x):
             output: Tensor = super().forward(x, *args, **kwargs)
             return output
         base: Tensor = self.base_layer(x)
