@@ -153,7 +153,8 @@ def test_the_shipped_model_is_small_stock_and_says_where_it_comes_from() -> None
     assert "playground pretrain" in (WEIGHTS / "README.md").read_text()
     pipe = Krea2Pipeline.from_pretrained(str(WEIGHTS), dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
-    image = pipe("a red circle on white", height=64, width=64, num_inference_steps=4, guidance_scale=0.0).images[0]
+    image = pipe("a red circle on white", height=64, width=64, num_inference_steps=4, guidance_scale=0.0,
+                 generator=torch.Generator().manual_seed(0)).images[0]  # fmt: skip
     assert np.asarray(image).std() > 5
     assert load("playground").default_size == 64
 

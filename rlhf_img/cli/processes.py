@@ -36,6 +36,8 @@ def _run(count: int) -> int:
         port = probe.getsockname()[1]
     common = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     common |= {"OMP_NUM_THREADS": str(max(1, cores // count))}
+    # Huge pages for what glibc allocates: the embedded model's steps take a tenth less time once the heap has grown.
+    common |= {"GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")}
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the others are stopped too
     running: list[subprocess.Popen[bytes]] = []
     with ExitStack() as stack:
