@@ -58,11 +58,10 @@ class TDMConfig:
     guidance: float = 1.0
     """Krea's g of the teacher, which the student learns to do without; the common scale w is 1 + g."""
     warmup: int = 40
-    """Iterations at the start in which the student learns guidance alone: the guided teacher's velocity, where the
+    """Iterations at the start in which the student learns by regression alone: the guided teacher's way, from where the
     student itself comes along. 0: none."""
     warmup_substeps: int = 2
-    """Steps of the guided teacher that one of the student's is to make there: it learns to make K as good as K times
-    this."""
+    """Steps of the guided teacher in a stage, which the student learns to make in one."""
     warmup_updates: int = 8
     """Optimiser steps of the student in each of them, on stages of its own: drawing costs as much as three of them."""
     critic_target: Literal["ambient", "tdm_x0", "dmd"] = "ambient"
@@ -271,10 +270,10 @@ def teach_guidance(
         for step in range(config.warmup_substeps):
             level_B = torch.lerp(stages.start_B, stages.end_B, step / config.warmup_substeps)
             v_teacher, v_empty = _taught(student, there, level_B, batch, sampled, config)
-            guided = v_teacher + config.guidance * (v_teacher - v_empty)
-            there = there + wide((stages.end_B - stages.start_B) / config.warmup_substeps, x) * guided
-            target = target + guided / config.warmup_substeps
-            ca = ca + config.guidance * (v_teacher - v_empty) / config.warmup_substeps
+            pull = config.guidance * (v_teacher - v_empty)
+            there = there + wide((stages.end_B - stages.start_B) / config.warmup_substeps, x) * (v_teacher + pull)
+            target = target + (v_teacher + pull) / config.warmup_substeps
+            ca = ca + pull / config.warmup_substeps
         loss_B = (v - target).square().flatten(1).mean(1)
         return loss_B, {"loss": loss_B.detach(), "guidance": _rms(wide(stages.start_B, x) * ca)}
 

@@ -36,7 +36,7 @@ def _run(count: int) -> int:
         port = probe.getsockname()[1]
     common = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     common |= {"OMP_NUM_THREADS": str(max(1, cores // count))}
-    # Huge pages for what glibc allocates: the embedded model's steps take a tenth less time once the heap has grown.
+    # Huge pages for what glibc allocates: a small model's steps on a CPU are faster, see docs/performance.md.
     common |= {"GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")}
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the others are stopped too
     running: list[subprocess.Popen[bytes]] = []
