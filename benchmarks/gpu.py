@@ -29,10 +29,11 @@ from torch import Tensor
 
 from rlhf_img.algorithms import grpo, nft, rollout, sft, tdm
 from rlhf_img.config import from_mapping, merge, versions
-from rlhf_img.model import forward as forward_room
 from rlhf_img.model import sampling
+from rlhf_img.model.blocks import use_lean_blocks
 from rlhf_img.model.compute import checkpoint_blocks, compile_blocks
 from rlhf_img.model.counting import Batch, as_text, count_passes, set_dtype
+from rlhf_img.model.forward import velocity
 from rlhf_img.model.loading import Model, default_device, fast_dtype
 from rlhf_img.model.policy import LoRAConfig, Policy, make_role
 from rlhf_img.model.sizes import Sizes, sizes_of
@@ -87,7 +88,7 @@ def build(sizes: Sizes, device: torch.device, dtype: torch.dtype, size: int) -> 
         part.to_empty(device=device).eval().requires_grad_(False)
         for parameter in part.parameters():
             parameter.data.normal_(std=0.02)
-    forward_room.use_native_gqa(transformer)
+    use_lean_blocks(transformer)
     scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15,
                                                 base_image_seq_len=256, max_image_seq_len=6400)  # fmt: skip
     return Model(
@@ -119,7 +120,7 @@ def forward(bench: Bench) -> dict[str, float]:
     def run(conditioner: RandomText) -> None:
         text = torch.stack(conditioner.encode([""] * bench.images))
         with bench.policy.acting() as transformer:
-            forward_room.velocity(transformer, x, torch.tensor(0.5, device=model.device), text, model.grid(size, size))
+            velocity(transformer, x, torch.tensor(0.5, device=model.device), text, model.grid(size, size))
 
     seconds = both(bench, run)
     batch = Batch(images=bench.images, grid=model.grid(size, size), text=TEXT)

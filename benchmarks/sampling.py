@@ -22,8 +22,8 @@ from rich.table import Table
 from torch import Tensor
 
 from rlhf_img.errors import RlhfImgError
+from rlhf_img.model.blocks import use_lean_blocks
 from rlhf_img.model.conditioning import Conditioner
-from rlhf_img.model.forward import use_native_gqa
 from rlhf_img.model.loading import Model, from_pipeline, load
 from rlhf_img.model.sampling import initial_noise, sample
 from rlhf_img.model.vae import decode
@@ -81,7 +81,7 @@ def compare(model: Model, images: int, steps: int, guidance: float, repeats: int
 
     # Made anew each run, so that encoding the prompts is timed on both sides.
     def ours() -> Tensor:
-        use_native_gqa(model.transformer)
+        use_lean_blocks(model.transformer)
         return sample(model, Conditioner(model), prompts, seeds, num_steps=steps, guidance=guidance)
 
     stock = model.pipeline()

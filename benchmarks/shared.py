@@ -16,7 +16,8 @@ from rich.table import Table
 from torch import Tensor
 
 from rlhf_img.config import versions
-from rlhf_img.model.forward import use_native_gqa, velocity
+from rlhf_img.model.blocks import use_lean_blocks
+from rlhf_img.model.forward import velocity
 from rlhf_img.model.loading import Model
 
 
@@ -90,7 +91,7 @@ def stock_forward(transformer: Krea2Transformer2DModel) -> Iterator[None]:
         with replaced(lambda room, forward: stock_velocity):
             yield
     finally:
-        use_native_gqa(transformer)
+        use_lean_blocks(transformer)
 
 
 def report(title: str, rows: Sequence[Mapping[str, object]], file: Path | None, **facts: object) -> None:

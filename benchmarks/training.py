@@ -20,7 +20,7 @@ from rich.table import Table
 
 from rlhf_img.cli.main import keep_freed_memory
 from rlhf_img.config import versions
-from rlhf_img.model.forward import use_native_gqa
+from rlhf_img.model.blocks import use_lean_blocks
 from rlhf_img.playground.build import build_pipeline
 
 TEXT, GRID = 15, (4, 4)
@@ -56,7 +56,7 @@ def main() -> None:
     found = {}
     transformer.set_attn_processor(Krea2AttnProcessor())
     found["stock attention"] = seconds_per_step(transformer, options.batch, options.steps)
-    use_native_gqa(transformer)
+    use_lean_blocks(transformer)
     found["ours"] = seconds_per_step(transformer, options.batch, options.steps)
     keep_freed_memory()
     found["ours, freed memory kept"] = seconds_per_step(transformer, options.batch, options.steps)

@@ -21,9 +21,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from rlhf_img.model.blocks import use_lean_blocks
 from rlhf_img.model.compute import checkpoint_blocks
 from rlhf_img.model.files import weight_dtype
-from rlhf_img.model.forward import rotary_tables, use_native_gqa, velocity
+from rlhf_img.model.forward import rotary_tables, velocity
 from rlhf_img.model.lora import role
 from rlhf_img.model.policy import POLICY, LoRAConfig, make_policy
 from rlhf_img.model.vae import single_frame
@@ -166,7 +167,7 @@ def dress(transformer: Krea2Transformer2DModel, lora: LoRAConfig | None, dtype: 
     """Gives a transformer, on any device, the dtypes, role and checkpointing that a run gives it."""
     set_dtype(transformer, dtype)
     transformer.eval().requires_grad_(False)
-    use_native_gqa(transformer)
+    use_lean_blocks(transformer)
     checkpoint_blocks(transformer, checkpointed)
     make_policy(transformer, lora, seed=0)
 

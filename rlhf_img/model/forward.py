@@ -11,76 +11,13 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 from diffusers import Krea2Pipeline, Krea2Transformer2DModel
-from diffusers.models.attention_dispatch import dispatch_attention_fn
-from diffusers.models.embeddings import apply_rotary_emb
-from diffusers.models.transformers.transformer_krea2 import Krea2Attention, Krea2AttnProcessor, Krea2RotaryPosEmbed
+from diffusers.models.transformers.transformer_krea2 import Krea2RotaryPosEmbed
 from jaxtyping import Float
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 SHARDED = "sharded_velocity"
 """The method of a sharded transformer by which FSDP is told that a forward begins and ends: `sharded_velocity`."""
-
-
-class NativeGQAProcessor(Krea2AttnProcessor):
-    """Attention with key/value heads not repeated; a call with a mask (the stock pipeline's) takes the stock way."""
-
-    def __call__(
-        self,
-        attn: Krea2Attention,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
-    ) -> Tensor:
-        if attention_mask is not None:
-            return super().__call__(attn, hidden_states, attention_mask, image_rotary_emb)
-        heads = (*hidden_states.shape[:-1], -1, attn.head_dim)
-        query = attn.norm_q(attn.to_q(hidden_states).view(heads))
-        key = attn.norm_k(attn.to_k(hidden_states).view(heads))
-        value = attn.to_v(hidden_states).view(heads)
-        if image_rotary_emb is not None:
-            query, key = _rotated(query, key, image_rotary_emb)
-        out = self._attend(query, key, value).flatten(2, 3)
-        return attn.to_out[0](out * torch.sigmoid(attn.to_gate(hidden_states)))
-
-    def _attend(
-        self, query_BLHD: Float[Tensor, "B L H D"], key_BLGD: Float[Tensor, "B L G D"],
-        value_BLGD: Float[Tensor, "B L G D"],
-    ) -> Float[Tensor, "B L H D"]:  # fmt: skip
-        """Attention of H query heads on G key/value heads."""
-        B, L, H, D = query_BLHD.shape
-        G = key_BLGD.shape[2]
-        if self._attention_backend is not None or query_BLHD.device.type != "cpu" or L > 512:
-            return dispatch_attention_fn(
-                query_BLHD, key_BLGD, value_BLGD, enable_gqa=H != G, backend=self._attention_backend
-            )
-        # torch's fused kernel for CPUs is 2 (float32) to 5 (bfloat16) times slower backwards than plain products of
-        # short sequences; the queries that share a key/value head are more rows of one product.
-        query = query_BLHD.transpose(1, 2).reshape(B * G, H // G * L, D)
-        key, value = (x.transpose(1, 2).reshape(B * G, L, D) for x in (key_BLGD, value_BLGD))
-        scores = query * D**-0.5 @ key.transpose(1, 2)
-        return (scores.softmax(-1) @ value).view(B, H, L, D).transpose(1, 2)
-
-
-def _rotated(query: Tensor, key: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Rotary embedding as one complex product of neighbouring pairs: a fifth of the stock rotation's time on a CPU."""
-    if torch.compiler.is_compiling():
-        # Inductor has no complex kernels, and fuses the stock rotation by itself.
-        query, key = (apply_rotary_emb(x, rotary, sequence_dim=1) for x in (query, key))
-        return query, key
-    cos, sin = rotary
-    turn = torch.complex(cos[:, None, ::2].contiguous(), sin[:, None, ::2].contiguous())
-    return _rotate(query, turn), _rotate(key, turn)
-
-
-def _rotate(x: Tensor, turn: Tensor) -> Tensor:
-    pairs = torch.view_as_complex(x.float().view(*x.shape[:-1], -1, 2))
-    return torch.view_as_real(pairs * turn).flatten(-2).to(x.dtype)
-
-
-def use_native_gqa(transformer: Krea2Transformer2DModel) -> None:
-    """Let `transformer` attend with grouped heads where it can; the stock pipeline on it stays right, mask and all."""
-    transformer.set_attn_processor(NativeGQAProcessor())
 
 
 @lru_cache(maxsize=256)

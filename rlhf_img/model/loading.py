@@ -22,8 +22,8 @@ from transformers import PreTrainedTokenizerBase, Qwen3VLModel
 from transformers.utils import logging as transformers_logging
 
 from rlhf_img.errors import RlhfImgError
+from rlhf_img.model.blocks import use_lean_blocks
 from rlhf_img.model.files import check_folder
-from rlhf_img.model.forward import use_native_gqa
 from rlhf_img.model.official import load_checkpoint
 
 PLAYGROUND = "playground"
@@ -101,7 +101,7 @@ def from_pipeline(
     """A Model over the modules of a stock pipeline, which are frozen and set to eval mode in place."""
     for module in (pipeline.transformer, pipeline.vae, pipeline.text_encoder):
         module.eval().requires_grad_(False)
-    use_native_gqa(pipeline.transformer)
+    use_lean_blocks(pipeline.transformer)
     return Model(
         transformer=pipeline.transformer,
         vae=pipeline.vae,

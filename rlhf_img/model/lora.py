@@ -12,6 +12,7 @@ from jaxtyping import Float
 from peft import LoraConfig
 from peft.tuners.lora import Linear, LoraLayer
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from rlhf_img.errors import RlhfImgError, did_you_mean
 
@@ -22,26 +23,50 @@ TIME_TARGETS = ("time_embed.linear_2", "time_mod_proj")
 
 
 class FusedLinear(Linear):
-    """peft's layer with fewer passes over the tokens: the scale goes into the small matrix, the sum into the product,
-    and the input is not cast to float32 where autocast would cast it back."""
+    """peft's layer as one autograd node, with fewer passes over the tokens: the scale goes into the small matrix, sums
+    into products, forward and backward, and the input is not cast to float32 where autocast would cast it back."""
 
     def forward(self, x: Float[Tensor, "... I"], *args: Any, **kwargs: Any) -> Float[Tensor, "... O"]:
-        names = self.active_adapters
-        if args or kwargs or self.disable_adapters or self.merged or len(names) != 1 or not self._is_plain(names[0], x):
+        names, base = self.active_adapters, self.base_layer
+        plain = not (args or kwargs or self.disable_adapters or self.merged) and len(names) == 1
+        if not plain or type(base) is not nn.Linear or base.weight.requires_grad or not self._fits(names[0], x):
             output: Tensor = super().forward(x, *args, **kwargs)
             return output
-        base: Tensor = self.base_layer(x)
-        down = self.lora_A[names[0]](x).flatten(0, -2)
-        up = (self.lora_B[names[0]].weight * self.scaling[names[0]]).T.to(down.dtype)
-        return torch.addmm(base.flatten(0, -2), down, up).view_as(base)
+        down, up = self.lora_A[names[0]].weight, self.lora_B[names[0]].weight * self.scaling[names[0]]
+        dtype = base.weight.dtype
+        out: Tensor = Adapted.apply(x.flatten(0, -2).to(dtype), base.weight, base.bias, down.to(dtype), up.to(dtype))
+        return out.view(*x.shape[:-1], -1)
 
-    def _is_plain(self, name: str, x: Tensor) -> bool:
+    def _fits(self, name: str, x: Tensor) -> bool:
         """Whether the adapter is here and no more than two matrices, in a dtype that can be multiplied with x."""
         return (
             name in self.lora_A and name not in self.lora_variant and not self.lora_bias[name]
             and isinstance(self.lora_dropout[name], nn.Identity)
             and (torch.is_autocast_enabled(x.device.type) or x.dtype == self.lora_A[name].weight.dtype)
         )  # fmt: skip
+
+
+class Adapted(torch.autograd.Function):
+    """x W^T + bias + x A^T B^T of a frozen W, in the dtype of all of them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x_BI: Float[Tensor, "B I"], weight_OI: Float[Tensor, "O I"], bias_O: Float[Tensor, " O"] | None,
+        down_RI: Float[Tensor, "R I"], up_OR: Float[Tensor, "O R"],
+    ) -> Float[Tensor, "B O"]:  # fmt: skip
+        """`up` has the adapter's scale in it."""
+        low_BR = x_BI @ down_RI.T
+        ctx.save_for_backward(x_BI, weight_OI, low_BR, down_RI, up_OR)
+        return nn.functional.linear(x_BI, weight_OI, bias_O).addmm_(low_BR, up_OR.T)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_BO: Tensor) -> tuple[Tensor | None, None, None, Tensor, Tensor]:
+        """Gradients of x, A and B."""
+        x_BI, weight_OI, low_BR, down_RI, up_OR = ctx.saved_tensors
+        d_BR = d_BO @ up_OR
+        of_x = (d_BO @ weight_OI).addmm_(d_BR, down_RI) if ctx.needs_input_grad[0] else None
+        return of_x, None, None, d_BR.T @ x_BI, d_BO.T @ low_BR
 
 
 def add_role(

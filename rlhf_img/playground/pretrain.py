@@ -18,7 +18,7 @@ from PIL import Image
 from rich.progress import track
 from torch import Tensor
 
-from rlhf_img.model.forward import use_native_gqa
+from rlhf_img.model.blocks import use_lean_blocks
 from rlhf_img.model.loading import SETTINGS_FILE
 from rlhf_img.model.vae import single_frame
 from rlhf_img.playground import build
@@ -223,7 +223,7 @@ def train_dit(pipe: Krea2Pipeline, cache: Cache, config: PretrainConfig, work: P
                              max_sequence_length=40, generator=generator, output_type="pt").images)
         save_grid(torch.cat(rows), work / f"dit_{step:06d}.png", columns=12)
 
-    use_native_gqa(transformer)
+    use_lean_blocks(transformer)
     fit("dit", transformer, loss_fn, config.dit, work, preview)
 
 
