@@ -34,6 +34,8 @@ def _engine() -> Any:
         params={
             "Global.log_level": "error",
             "Global.use_cls": False,
+            # lines are padded to at least this width, and most here are one short word: half the time of the usual 320
+            "Rec.rec_img_shape": [3, _LINE_HEIGHT, 128],
             # one thread: rewards run beside the training
             "EngineConfig.onnxruntime.intra_op_num_threads": 1,
             "EngineConfig.onnxruntime.inter_op_num_threads": 1,
