@@ -12,7 +12,7 @@ from rlhf_img.algorithms import grpo
 from rlhf_img.algorithms.awm import forward_logp
 from rlhf_img.algorithms.grpo import GRPOConfig
 from rlhf_img.algorithms.rollout import Batch, Draw, Rollout, Step, rollout
-from rlhf_img.algorithms.updating import split
+from rlhf_img.algorithms.updating import split, together
 from rlhf_img.errors import RlhfImgError, RunStopped
 from rlhf_img.model.conditioning import Conditioner
 from rlhf_img.model.flow import cps_step
@@ -202,16 +202,19 @@ def test_forward_gradient_is_that_of_a_slow_loop_from_the_paper(world: tuple[Mod
     for batch in sampled.batches:
         for b, row in enumerate(batch.rows_B):
             for term in batch.terms:
-                x0, s = batch.final_BNC[b : b + 1], term.sigma
-                eps = (term.x_BNC[b : b + 1] - (1 - s) * x0) / s
-                args = term.x_BNC[b : b + 1], torch.tensor(s), batch.text_BLD[b : b + 1], sampled.grid
+                if b not in term.rows:
+                    continue
+                x0, x, s = batch.final_BNC[b : b + 1], term.x_BNC[term.rows.index(b)][None], term.sigma
+                eps = (x - (1 - s) * x0) / s
+                args = x, torch.tensor(s), batch.text_BLD[b : b + 1], sampled.grid
                 with policy.acting() as transformer:
                     v = velocity(transformer, *args)
                 with policy.reference() as reference:
                     conditional = velocity(reference, *args)
                     unconditional = velocity(reference, *args[:2], empty[None], sampled.grid)
                 if s < config.min_sigma:
-                    total = total + config.hold * ((v - conditional) ** 2).mean()
+                    share = len(term.rows) / len(batch.rows_B)
+                    total = total + config.hold * ((v - conditional) ** 2).mean() / share
                     continue
                 v_ref = 3 * conditional - 2 * unconditional
                 # on policy, the gradient of -A exp(log p - log p_old) is that of A |v - u|^2, here about v_ref
@@ -238,7 +241,19 @@ def test_what_is_held_is_drawn_towards_the_reference_whatever_the_advantages(
     for item in grpo.replay(world[1], below, config):
         loss_B, _ = grpo.term_loss(item, torch.ones(len(item.rows_B)), config)
         assert item.kl_B is not None and (item.kl_B > 0).all()
-        torch.testing.assert_close(loss_B, 0.3 * item.kl_B)
+        torch.testing.assert_close(loss_B, 0.3 * item.kl_B * item.weight_B)
+
+
+def test_of_a_batch_a_quarter_is_held_and_stands_for_all(world: tuple[Model, Policy, Conditioner]) -> None:
+    sampled = rolled(world, dataclasses.replace(FORWARD, hold=0.3, group=6))
+    for batch in sampled.batches:
+        held = [draws for draws in together(batch, 7) if (draws.sigma_B < FORWARD.min_sigma).any()]
+        rows = [row for d in held for row, s in zip(d.rows_B, d.sigma_B.tolist(), strict=True) if s < FORWARD.min_sigma]
+        assert rows == batch.rows_B[::4]
+        parts = list(together(batch, 7))
+        assert max(len(draws.rows_B) for draws in parts) <= 7
+        total = sum(float(draws.weight_B.sum()) for draws in parts)
+        assert total == pytest.approx(len(batch.rows_B) * (FORWARD.draws + 1))
 
 
 @both
@@ -249,7 +264,9 @@ def test_gradient_does_not_depend_on_the_batch_split(
         return value[b : b + 1] if isinstance(value, Tensor) else value
 
     def cut(term: Step | Draw, b: int) -> Step | Draw:
-        return dataclasses.replace(term, **{f.name: part(getattr(term, f.name), b) for f in dataclasses.fields(term)})
+        whole = {"rows": range(1)} if isinstance(term, Draw) else {}
+        fields = {f.name: part(getattr(term, f.name), b) for f in dataclasses.fields(term)}
+        return dataclasses.replace(term, **fields | whole)
 
     advantages = torch.tensor([1.0, -1.0, 0.5, -0.5, 2.0, -2.0])
     whole = rolled(world, config)

@@ -114,6 +114,8 @@ class Replay:
     """Divergence from the reference, if that has a weight here or where the policy is held."""
     held_B: Tensor
     """Whether it is below the levels that are trained, and only held to the reference."""
+    weight_B: Tensor
+    """How many images each stands for."""
 
 
 def replay(policy: Policy, sampled: Rollout, config: GRPOConfig) -> Iterator[Replay]:
@@ -137,7 +139,7 @@ def _replay_draws(draws: Draws, v: Tensor, v_ref: Tensor | None, config: GRPOCon
     log_ratio_B = awm.log_ratio(v, v_old, draws.target_BNC, v_ref if config.kl else None)
     kl_B = None if v_ref is None else awm.divergence(v, v_ref)
     return Replay(rows_B=draws.rows_B, log_ratio_B=log_ratio_B, ratio_B=log_ratio_B.exp(), kl_B=kl_B,
-                  held_B=draws.sigma_B < config.min_sigma)
+                  held_B=draws.sigma_B < config.min_sigma, weight_B=draws.weight_B)
 
 
 def _replay_step(
@@ -152,7 +154,7 @@ def _replay_step(
     ratio_B = guarded_ratio(log_ratio_B, step.mean, term.mean_BNC, step.std) if config.guard else log_ratio_B.exp()
     kl_B = None if v_ref is None else kl_divergence(step.mean, take(v_ref).mean, step.std)
     return Replay(rows_B=rows_B, log_ratio_B=log_ratio_B, ratio_B=ratio_B, kl_B=kl_B,
-                  held_B=torch.zeros_like(ratio_B, dtype=torch.bool))
+                  held_B=torch.zeros_like(ratio_B, dtype=torch.bool), weight_B=torch.ones_like(ratio_B))
 
 
 def update(
@@ -188,4 +190,6 @@ def term_loss(item: Replay, advantage_B: Tensor, config: GRPOConfig) -> tuple[Te
         kl_B = item.kl_B
         loss_B = torch.where(item.held_B, config.hold * kl_B, loss_B + config.kl * kl_B)
     outside = ((item.ratio_B - 1).abs() > config.clip).float()
-    return loss_B, {"loss": loss_B.detach(), "kl": kl_B.detach(), "clip_fraction": outside.detach()}
+    loss_B = loss_B * item.weight_B
+    weighed = {"kl": kl_B.detach() * item.weight_B, "clip_fraction": outside.detach() * item.weight_B}
+    return loss_B, {"loss": loss_B.detach()} | weighed

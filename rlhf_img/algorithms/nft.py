@@ -133,6 +133,7 @@ def draws_loss(
     loss_B = nft_loss(v, v_old, draws.target_BNC, draws.sigma_B, advantage_B, config)
     kl_B = torch.zeros_like(loss_B) if v_ref is None else (v - v_ref).square().flatten(1).mean(1)
     held_B = draws.sigma_B < config.min_sigma
-    loss_B = torch.where(held_B, config.hold * kl_B, loss_B + config.kl * kl_B)
+    loss_B = torch.where(held_B, config.hold * kl_B, loss_B + config.kl * kl_B) * draws.weight_B
     away_B = (v.detach() - v_old).square().flatten(1).mean(1)
-    return loss_B, {"loss": loss_B.detach(), "kl": kl_B.detach(), "old_distance": away_B}
+    weighed = {"kl": kl_B.detach() * draws.weight_B, "old_distance": away_B * draws.weight_B}
+    return loss_B, {"loss": loss_B.detach()} | weighed

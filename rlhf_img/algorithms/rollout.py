@@ -20,6 +20,9 @@ from rlhf_img.model.loading import Model
 from rlhf_img.model.policy import Policy
 from rlhf_img.model.sampling import initial_noise
 
+HELD_EVERY = 4
+"""Of a batch, one image of so many has the draw that is held: it has no advantage, and so little noise."""
+
 AverageGradients = Callable[[list[nn.Parameter]], None]
 """Makes the gradients of all processes of a run one."""
 
@@ -51,7 +54,7 @@ class RolloutConfig:
     """The highest."""
     hold: float = 0.2
     """Weight of the divergence from the reference in one draw more, at a level below `min_sigma`: what no draw trains
-    changes all the same, since all levels share their weights. 0: none."""
+    changes all the same, since all levels share their weights. A quarter of the images stands for all. 0: none."""
     updates: int = 1
     """Optimiser steps an iteration, each on its share of the prompts."""
     batch_size: int = 128
@@ -59,7 +62,7 @@ class RolloutConfig:
 
     @property
     def holds(self) -> bool:
-        """Whether every image has one draw more, at which the policy is held to the reference."""
+        """Whether there is one draw more, at which the policy is held to the reference."""
         return self.hold > 0 and self.min_sigma > 0
 
     def __post_init__(self) -> None:
@@ -137,6 +140,8 @@ class Draw:
     """Images noised to sigma, with the velocity eps - x0 that leads to them and that of the old policy."""
 
     sigma: float
+    rows: range
+    """Which of the batch's images they are."""
     x_BNC: Tensor
     target_BNC: Tensor
     old_BNC: Tensor | None
@@ -202,7 +207,7 @@ def rollout(
             x0, taken = _sample(transformer, noise_BNC[rows], text_BLD, levels, window, grid, steps, generator)
             groups = [places[row // config.group] for row in rows]
             noised = [(sigma, eps_PNC[groups].to(x0.device)) for sigma, eps_PNC in draws]
-            terms = taken or _noised(transformer, x0, text_BLD, noised, grid, old=old)
+            terms = taken or _noised(transformer, x0, text_BLD, noised, grid, config, old=old)
             batches.append(Batch(rows_B=rows, text_BLD=text_BLD, terms=terms, final_BNC=x0))
             sampled(batches[-1])
     (empty_LD,) = conditioner.encode([""])
@@ -259,11 +264,14 @@ def _sample(
 
 def _noised(
     transformer: torch.nn.Module, x0: Tensor, text_BLD: Tensor, draws: Sequence[tuple[float, Tensor]],
-    grid: tuple[int, int], *, old: bool,
+    grid: tuple[int, int], config: RolloutConfig, *, old: bool,
 ) -> list[Draw]:  # fmt: skip
     terms = []
     for sigma, eps in draws:
-        x, target = torch.lerp(x0, eps, sigma), eps - x0
-        v = velocity(transformer, x, torch.tensor(sigma, device=x.device), text_BLD, grid) if old else None
-        terms.append(Draw(sigma=sigma, x_BNC=x, target_BNC=target, old_BNC=v))
+        every = HELD_EVERY if sigma < config.min_sigma else 1
+        start, noise, text = x0[::every], eps[::every], text_BLD[::every]
+        x = torch.lerp(start, noise, sigma)
+        v = velocity(transformer, x, torch.tensor(sigma, device=x.device), text, grid) if old else None
+        rows = range(0, len(x0), every)
+        terms.append(Draw(sigma=sigma, rows=rows, x_BNC=x, target_BNC=noise - start, old_BNC=v))
     return terms

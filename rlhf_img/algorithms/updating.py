@@ -1,5 +1,6 @@
 """What online algorithms share between a rollout and an optimiser step."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
@@ -17,7 +18,7 @@ Losses = Callable[[Rollout], Iterator[tuple[Tensor, Mapping[str, Tensor]]]]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Draws:
-    """Draws of the images of one batch, in one tensor: an image is there once for each."""
+    """Some draws of the images of one batch: an image is there once for each."""
 
     rows_B: list[int]
     """Where these images are in the iteration."""
@@ -26,20 +27,28 @@ class Draws:
     text_BLD: Tensor
     target_BNC: Tensor
     old_BNC: Tensor | None
+    weight_B: Tensor
+    """How many images of the batch each stands for."""
 
 
 def together(batch: Batch, batch_size: int) -> Iterator[Draws]:
-    """The draws of a batch, as many at once as `batch_size` images allow; none if its terms are steps."""
-    draws = [term for term in batch.terms if isinstance(term, Draw)]
-    at_once = max(1, batch_size // len(batch.rows_B))
-    for first in range(0, len(draws), at_once):
-        some = draws[first : first + at_once]
-        old = [draw.old_BNC for draw in some if draw.old_BNC is not None]
+    """The draws of a batch in parts as even as `batch_size` images a part allow; none if its terms are steps."""
+    if not (draws := [term for term in batch.terms if isinstance(term, Draw)]):
+        return
+    images, device = len(batch.rows_B), batch.text_BLD.device
+    place = torch.tensor([row for draw in draws for row in draw.rows], device=device)
+    sigma = torch.tensor([draw.sigma for draw in draws for _ in draw.rows], device=device)
+    weight = torch.tensor([images / len(draw.rows) for draw in draws for _ in draw.rows], device=device)
+    x, target = (torch.cat(every) for every in zip(*((draw.x_BNC, draw.target_BNC) for draw in draws), strict=True))
+    known = [draw.old_BNC for draw in draws if draw.old_BNC is not None]
+    old = torch.cat(known) if known else None
+    size = math.ceil(len(place) / math.ceil(len(place) / batch_size))
+    for first in range(0, len(place), size):
+        part = slice(first, first + size)
         yield Draws(
-            rows_B=batch.rows_B * len(some), x_BNC=torch.cat([draw.x_BNC for draw in some]),
-            sigma_B=torch.tensor([draw.sigma for draw in some for _ in batch.rows_B], device=batch.text_BLD.device),
-            text_BLD=batch.text_BLD.repeat(len(some), 1, 1),
-            target_BNC=torch.cat([draw.target_BNC for draw in some]), old_BNC=torch.cat(old) if old else None,
+            rows_B=[batch.rows_B[i] for i in place[part].tolist()], x_BNC=x[part], sigma_B=sigma[part],
+            text_BLD=batch.text_BLD[place[part]], target_BNC=target[part], old_BNC=None if old is None else old[part],
+            weight_B=weight[part],
         )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ Not counted: rewards, the CUDA context (about 0.5 GB), what an allocator loses t
 """
 
 import dataclasses
+import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 
 from rlhf_img.algorithms.grpo import GRPOConfig
-from rlhf_img.algorithms.rollout import images_at_once
+from rlhf_img.algorithms.rollout import HELD_EVERY, images_at_once
 from rlhf_img.config import to_mapping
 from rlhf_img.errors import RlhfImgError
 from rlhf_img.model.conditioning import BATCH_SIZE
@@ -123,21 +124,21 @@ def _online(config: OnlineConfig) -> Plan:
     c, images = config.method, config.method.prompts * config.method.group
     rows = min(images_at_once(c), images)
     steps = isinstance(c, GRPOConfig) and c.likelihood == "steps"
-    terms = c.window if isinstance(c, GRPOConfig) and steps else c.draws + c.holds
-    together = rows if steps else rows * min(terms, max(1, c.batch_size // rows))
-    old = 0 if steps or not (c.averaged or c.updates > 1) else terms
+    terms = c.window if isinstance(c, GRPOConfig) and steps else c.draws
+    trained = terms * images + (0 if steps else c.holds * math.ceil(images / HELD_EVERY))
+    together = rows if steps else min(c.batch_size, trained)
+    old = 0 if steps or not (c.averaged or c.updates > 1) else trained
     works = [
-        Work(phase="rollout", images=(c.num_steps + old) * images, at_once=rows),
-        Work(phase="train", images=terms * images, at_once=together, train=True),
+        Work(phase="rollout", images=c.num_steps * images + old, at_once=rows),
+        Work(phase="train", images=trained, at_once=together, train=True),
     ]
     if c.kl > 0 or (c.holds and not steps):
         guided = isinstance(c, GRPOConfig) and c.reference_guidance > 0
-        works.append(
-            Work(phase="reference", images=(2 if guided else 1) * terms * images, at_once=together, during="train")
-        )
+        count = trained + (terms * images if guided else 0)
+        works.append(Work(phase="reference", images=count, at_once=together, during="train"))
     return Plan(
         works=tuple(works), prompts=c.prompts, started=config.start is not None, decoded=images,
-        latents=images * (3 * terms + 2),
+        latents=3 * trained + 2 * images,
     )
 
 
