@@ -20,10 +20,10 @@ def rubric(
     judge: Mapping[str, Any] | None = None,
     detector: Mapping[str, Any] | None = None,
     via: str | None = None,
-    worst: float = 0.0,
+    worst: float = 0.5,
     **columns: object,
 ) -> list[Verdict]:
-    """The total of each image's rubric, in [0, 1]; the `RubricResult` with every requirement is in the details.
+    """How much of each image's rubric is met, in [0, 1]; the `RubricResult` with every requirement is in the details.
 
     rubrics: the rubric of each image's prompt where the data set has one; other prompts are decomposed (and kept).
     judge: settings of a judge model (the fields of `JudgeConfig`), which is asked what the checks cannot tell.
