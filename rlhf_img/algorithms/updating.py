@@ -39,7 +39,7 @@ def together(batch: Batch, batch_size: int) -> Iterator[Draws]:
     place = torch.tensor([row for draw in draws for row in draw.rows], device=device)
     sigma = torch.tensor([draw.sigma for draw in draws for _ in draw.rows], device=device)
     weight = torch.tensor([images / len(draw.rows) for draw in draws for _ in draw.rows], device=device)
-    x, target = (torch.cat(every) for every in zip(*((draw.x_BNC, draw.target_BNC) for draw in draws), strict=True))
+    x, target = torch.cat([draw.x_BNC for draw in draws]), torch.cat([draw.target_BNC for draw in draws])
     known = [draw.old_BNC for draw in draws if draw.old_BNC is not None]
     old = torch.cat(known) if known else None
     size = math.ceil(len(place) / math.ceil(len(place) / batch_size))
