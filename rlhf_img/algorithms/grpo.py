@@ -169,10 +169,10 @@ def update(
     advantages_B = advantages_B.clamp(-config.advantage_clip, config.advantage_clip)
     deviations = [0.0]
 
-    def losses(part: Rollout) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+    def losses(part: Rollout) -> Iterator[tuple[Tensor, dict[str, Tensor], Tensor]]:
         for item in replay(policy, part, config):
             deviations.append(float((item.log_ratio_B.detach().exp() - 1).abs().max()))
-            yield term_loss(item, advantages_B[item.rows_B], config)
+            yield *term_loss(item, advantages_B[item.rows_B], config), item.weight_B
 
     totals: dict[str, float] = {}
     for part in (parts := split(sampled, config.updates)):
@@ -190,6 +190,4 @@ def term_loss(item: Replay, advantage_B: Tensor, config: GRPOConfig) -> tuple[Te
         kl_B = item.kl_B
         loss_B = torch.where(item.held_B, config.hold * kl_B, loss_B + config.kl * kl_B)
     outside = ((item.ratio_B - 1).abs() > config.clip).float()
-    loss_B = loss_B * item.weight_B
-    weighed = {"kl": kl_B.detach() * item.weight_B, "clip_fraction": outside.detach() * item.weight_B}
-    return loss_B, {"loss": loss_B.detach()} | weighed
+    return loss_B, {"loss": loss_B.detach(), "kl": kl_B.detach(), "clip_fraction": outside.detach()}

@@ -110,10 +110,10 @@ def update(
     step whose gradient is not finite.
     """
 
-    def losses(part: Rollout) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+    def losses(part: Rollout) -> Iterator[tuple[Tensor, dict[str, Tensor], Tensor]]:
         for batch in part.batches:
             for draws in together(batch, config.batch_size):
-                yield draws_loss(policy, part, draws, advantages_B[draws.rows_B], config)
+                yield *draws_loss(policy, part, draws, advantages_B[draws.rows_B], config), draws.weight_B
 
     totals: dict[str, float] = {}
     for part in (parts := split(sampled, config.updates)):
@@ -133,7 +133,6 @@ def draws_loss(
     loss_B = nft_loss(v, v_old, draws.target_BNC, draws.sigma_B, advantage_B, config)
     kl_B = torch.zeros_like(loss_B) if v_ref is None else (v - v_ref).square().flatten(1).mean(1)
     held_B = draws.sigma_B < config.min_sigma
-    loss_B = torch.where(held_B, config.hold * kl_B, loss_B + config.kl * kl_B) * draws.weight_B
+    loss_B = torch.where(held_B, config.hold * kl_B, loss_B + config.kl * kl_B)
     away_B = (v.detach() - v_old).square().flatten(1).mean(1)
-    weighed = {"kl": kl_B.detach() * draws.weight_B, "old_distance": away_B * draws.weight_B}
-    return loss_B, {"loss": loss_B.detach()} | weighed
+    return loss_B, {"loss": loss_B.detach(), "kl": kl_B.detach(), "old_distance": away_B}

@@ -12,8 +12,9 @@ from rlhf_img.algorithms.rollout import AverageGradients, Batch, Draw, Rollout
 from rlhf_img.model.forward import velocity
 from rlhf_img.model.policy import Policy
 
-Losses = Callable[[Rollout], Iterator[tuple[Tensor, Mapping[str, Tensor]]]]
-"""Gives the losses of some images with a graph, and metrics without, each [B], until all terms were there once."""
+Losses = Callable[[Rollout], Iterator[tuple[Tensor, Mapping[str, Tensor], Tensor]]]
+"""Gives the losses of some images with a graph, metrics without, and how many images each stands for, all [B], until
+every term was there once."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,11 +97,11 @@ def optimise(
     count = sum(len(batch.rows_B) * len(batch.terms) for batch in part.batches)
     means: dict[str, float] = {}
     optimizer.zero_grad(set_to_none=True)
-    for loss_B, metrics in losses(part):
+    for loss_B, metrics, weight_B in losses(part):
         with policy.acting():  # checkpointing repeats the forward
-            (loss_B.sum() / count).backward()
-        for name, value in metrics.items():
-            means[name] = means.get(name, 0.0) + float(value.sum()) / count
+            ((loss_B * weight_B).sum() / count).backward()
+        for name, value_B in metrics.items():
+            means[name] = means.get(name, 0.0) + float((value_B * weight_B).sum()) / count
     average_gradients(list(policy.parameters.values()))
     norm = policy.clip_gradients(max_grad_norm)
     if not torch.isfinite(norm):
