@@ -159,7 +159,7 @@ def online_step(bench: Bench, name: str) -> dict[str, float]:
         drawn = rollout.rollout(model, bench.policy, conditioner, [""], config, 0)  # type: ignore[arg-type]
         with torch.no_grad():
             decode(model, drawn.latents(), size, size)
-        update(bench.policy, optimizer, drawn, advantages, config)
+        update(bench.policy, optimizer, rollout.noised(bench.policy, drawn, config), advantages, config)
 
     seconds = both(bench, run, repeats=1)
     return {**seconds, "images_a_second": bench.images / seconds["ours"],

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rlhf_img.algorithms import grpo
 from rlhf_img.algorithms.grpo import GRPOConfig
-from rlhf_img.algorithms.rollout import rollout
+from rlhf_img.algorithms.rollout import noised, rollout
 from rlhf_img.errors import RlhfImgError
 from rlhf_img.model.compute import ComputeConfig, apply_compute, checkpoint_blocks, use_attention
 from rlhf_img.model.conditioning import Conditioner
@@ -34,7 +34,7 @@ def one_update(model: Model, likelihood: str, count: int | str) -> tuple[list[Te
     generator = torch.Generator().manual_seed(1)
     for parameter in policy.parameters.values():
         parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
-    drawn = rollout(model, policy, Conditioner(model), PROMPTS[:2], config, 0)
+    drawn = noised(policy, rollout(model, policy, Conditioner(model), PROMPTS[:2], config, 0), config)
     checkpoint_blocks(model.transformer, count)  # type: ignore[arg-type]
     optimizer = torch.optim.SGD(policy.parameters.values(), lr=0.0)
     with Count() as counted:

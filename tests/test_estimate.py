@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from rlhf_img.algorithms import dpo, grpo, sft, tdm
-from rlhf_img.algorithms.rollout import rollout
+from rlhf_img.algorithms.rollout import noised, rollout
 from rlhf_img.config import from_mapping, merge, parse_overrides
 from rlhf_img.errors import RlhfImgError
 from rlhf_img.model.compute import apply_compute
@@ -67,6 +67,7 @@ def test_a_count_of_two_fake_blocks_is_that_of_six_real_ones(
 def one_grpo(config: Any, model: Model, roles: list[Policy], optimizers: list[torch.optim.Optimizer]) -> None:
     drawn = rollout(model, roles[0], Conditioner(model), PROMPT * config.grpo.prompts, config.grpo, 0)
     decode(model, drawn.latents(), 64, 64)
+    drawn = noised(roles[0], drawn, config.grpo)
     grpo.update(roles[0], optimizers[0], drawn, torch.linspace(-1, 1, len(drawn.latents())), config.grpo)
 
 

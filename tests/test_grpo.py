@@ -11,14 +11,15 @@ from torch import Tensor
 from rlhf_img.algorithms import grpo
 from rlhf_img.algorithms.awm import forward_logp
 from rlhf_img.algorithms.grpo import GRPOConfig
-from rlhf_img.algorithms.rollout import Batch, Draw, Rollout, Step, rollout
+from rlhf_img.algorithms.rollout import Batch, Draw, Rollout, Step, noised, rollout
 from rlhf_img.algorithms.updating import split, together
 from rlhf_img.errors import RlhfImgError, RunStopped
 from rlhf_img.model.conditioning import Conditioner
-from rlhf_img.model.flow import cps_step
+from rlhf_img.model.flow import cps_step, sigmas
 from rlhf_img.model.forward import velocity
 from rlhf_img.model.loading import Model
 from rlhf_img.model.policy import LoRAConfig, Policy, make_policy
+from rlhf_img.model.sampling import initial_noise
 from rlhf_img.training.preflight import check_ratios
 
 CONFIG = GRPOConfig(
@@ -41,7 +42,7 @@ def world() -> tuple[Model, Policy, Conditioner]:
 
 def rolled(world: tuple[Model, Policy, Conditioner], config: GRPOConfig = CONFIG, seed: int = 5) -> Rollout:
     model, policy, conditioner = world
-    return rollout(model, policy, conditioner, PROMPTS[: config.prompts], config, seed)
+    return noised(policy, rollout(model, policy, conditioner, PROMPTS[: config.prompts], config, seed), config)
 
 
 def steps_of(batch: Batch) -> list[Step]:
@@ -118,8 +119,42 @@ def test_shared_noise_differs_only_by_the_window(world: tuple[Model, Policy, Con
 def test_every_update_has_images_when_all_prompts_are_as_long(world: tuple[Model, Policy, Conditioner]) -> None:
     model, policy, conditioner = world
     config = dataclasses.replace(FORWARD, prompts=4, updates=2)
-    parts = split(rollout(model, policy, conditioner, PROMPTS[:1] * 4, config, 0), config.updates)
+    drawn = rollout(model, policy, conditioner, PROMPTS[:1] * 4, config, 0)
+    parts = split(noised(policy, drawn, config), config.updates)
     assert [sum(len(batch.rows_B) for batch in part.batches) for part in parts] == [2 * config.group] * 2
+
+
+@both
+def test_only_the_images_that_are_kept_are_trained_on(
+    world: tuple[Model, Policy, Conditioner], config: GRPOConfig
+) -> None:
+    model, policy, conditioner = world
+    drawn = rollout(model, policy, conditioner, PROMPTS[:3], config, 5)
+    kept, advantages = [1, 2, 5], torch.tensor([0.0, 1.0, -0.5, 0.0, 0.0, 2.0])
+    part = noised(policy, drawn, config, torch.tensor([row in kept for row in range(6)]))
+    assert sorted(row for batch in part.batches for row in batch.rows_B) == kept
+    assert drawn.batches[0].terms == [] or config is CONFIG
+    found = loss_gradients(world, part, advantages, config)
+    whole = loss_gradients(world, noised(policy, drawn, config), advantages, config)
+    for name in whole:  # those of advantage 0 add nothing but to the number of images
+        torch.testing.assert_close(found[name], 2 * whole[name], rtol=1e-3, atol=1e-6)
+
+
+@torch.no_grad()
+def test_steps_that_are_not_stochastic_are_of_second_order(world: tuple[Model, Policy, Conditioner]) -> None:
+    model, policy, _ = world
+    sampled = rolled(world, FORWARD)
+    size = model.default_size
+    s = sigmas(FORWARD.num_steps, math.prod(sampled.grid), model.scheduler.config, model.is_distilled)
+    for batch in sampled.batches:
+        x, slopes = initial_noise(model, [5 + row for row in batch.rows_B], size, size), []
+        for i in range(FORWARD.num_steps):
+            with policy.acting() as transformer:
+                slopes.append(velocity(transformer, x, s[i], batch.text_BLD, sampled.grid))
+            h = float(s[i + 1] - s[i])
+            bend = (slopes[i] - slopes[i - 1]) / float(s[i] - s[i - 1]) if i else 0.0
+            x = x + h * slopes[i] + h * h / 2 * bend
+        torch.testing.assert_close(batch.final_BNC, x, atol=1e-5, rtol=1e-5)
 
 
 def test_draws_share_noise_within_a_group_alone(world: tuple[Model, Policy, Conditioner]) -> None:

@@ -10,7 +10,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.krea2.pipeline_krea2 import calculate_shift
 
 from rlhf_img.errors import RlhfImgError
-from rlhf_img.model.flow import STEPS, cps_step, dance_sde_step, euler_step, flow_sde_step, sigmas
+from rlhf_img.model.flow import STEPS, cps_step, dance_sde_step, euler_step, flow_sde_step, second_order, sigmas
 
 KREA = {
     "use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15,
@@ -57,6 +57,13 @@ X, V, NOISE = (torch.tensor([[[a, b]]]) for a, b in ((2.0, -1.0), (0.5, 1.0), (1
 def test_euler_step_by_hand() -> None:
     assert euler_step(X, V, 0.5, 0.25).tolist() == [[[1.875, -1.25]]]
     assert euler_step(X.bfloat16(), V.bfloat16(), 0.5, 0.25).dtype == torch.float32
+
+
+def test_second_order_is_exact_where_the_velocity_is_linear_in_the_noise_level() -> None:
+    # v = 2 s: from s = 0.75 to 0.25, x falls by 0.75^2 - 0.25^2 = 0.5 = 1 * 0.5.
+    before, now = (torch.full((1, 1, 1), 2 * s) for s in (0.875, 0.75))
+    assert second_order(now, before, 0.875, 0.75, 0.25).item() == 1.0
+    assert torch.equal(second_order(V, V, 0.9, 0.5, 0.2), V)
 
 
 def test_flow_sde_step_by_hand() -> None:

@@ -32,10 +32,10 @@ def model() -> Model:
     return from_pipeline(tiny_pipeline(), default_size=SIZE)
 
 
-def look(model: Model) -> Tensor:
-    """One velocity under whatever role is active."""
-    text = Conditioner(model).encode(["a red circle"])[0][None]
-    x = torch.randn(1, 4, 64, generator=torch.Generator().manual_seed(1))
+def look(model: Model, images: int = 1) -> Tensor:
+    """Velocities of images of one prompt under whatever role is active."""
+    text = Conditioner(model).encode(["a red circle"])[0].expand(images, -1, -1)
+    x = torch.randn(images, 4, 64, generator=torch.Generator().manual_seed(1))
     return velocity(model.transformer, x, torch.tensor(0.6), text, (2, 2))
 
 
@@ -89,11 +89,13 @@ def test_fused_layers_are_pefts_with_fewer_passes(dtype: torch.dtype) -> None:
     disturb(model, "policy", 1)
     parameters = list(role_parameters(model.transformer, "policy").values())
 
-    def found() -> tuple[Tensor, Tensor]:
+    def found() -> tuple[Tensor, Tensor, Tensor]:
         with role(model.transformer, "policy"):
             v = look(model)
+            with torch.no_grad():  # float32: the adapter is added to the weights where that is less work
+                drawn = look(model, images=64)
         gradients = torch.autograd.grad(v.square().sum(), parameters)
-        return v.detach(), torch.cat([g.flatten() for g in gradients])
+        return v.detach(), torch.cat([g.flatten() for g in gradients]), drawn
 
     fused = found()
     layers = [layer for layer in model.transformer.modules() if isinstance(layer, FusedLinear)]

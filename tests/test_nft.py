@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rlhf_img.algorithms import nft
 from rlhf_img.algorithms.nft import NFTConfig, decay, nft_loss
-from rlhf_img.algorithms.rollout import Draw, Rollout, rollout
+from rlhf_img.algorithms.rollout import Draw, Rollout, noised, rollout
 from rlhf_img.algorithms.updating import together
 from rlhf_img.errors import RlhfImgError
 from rlhf_img.model.conditioning import Conditioner
@@ -95,7 +95,7 @@ def world() -> tuple[Policy, Rollout]:
     for name, parameter in role_parameters(model.transformer, policy.name).items():
         if name.endswith("lora_B"):
             parameter.data = 0.05 * torch.randn(parameter.shape, generator=generator)
-    return policy, rollout(model, policy, Conditioner(model), PROMPTS[:3], PLAIN, seed=5)
+    return policy, noised(policy, rollout(model, policy, Conditioner(model), PROMPTS[:3], PLAIN, seed=5), PLAIN)
 
 
 def test_the_old_policy_draws_and_its_velocities_are_kept(world: tuple[Policy, Rollout]) -> None:

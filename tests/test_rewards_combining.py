@@ -6,7 +6,16 @@ import pytest
 import torch
 
 from rlhf_img.errors import RlhfImgError
-from rlhf_img.rewards.combining import advantages, apply_gates, describe, gdpo, normalize_in_group, ties, weighted_sum
+from rlhf_img.rewards.combining import (
+    advantages,
+    apply_gates,
+    describe,
+    extremes,
+    gdpo,
+    normalize_in_group,
+    ties,
+    weighted_sum,
+)
 from rlhf_img.rewards.protocol import Reward
 from rlhf_img.rubrics.schema import Gate
 
@@ -28,6 +37,18 @@ def test_one_group_of_two_by_hand():
     result, metrics = gdpo(column([0.0, 1.0]), ONE, FLOOR)
     assert result.tolist() == [[-1.0, 1.0]]
     assert metrics == {"tie_rate": 0.0, "zero_spread_groups": 0.0, "advantage_std": 1.0}
+
+
+def test_the_extremes_of_a_group_by_hand():
+    given = torch.tensor([[0.5, -2.0, 1.0, 0.5, 0.0], [3.0, 1.0, 2.0, -1.0, -5.0]])
+    result, kept = extremes(given, 2)
+    assert kept.tolist() == [[False, True, True, False, False], [True, False, False, False, True]]
+    assert result.tolist() == [[0.0, -1.5, 1.5, 0.0, 0.0], [4.0, 0.0, 0.0, 0.0, -4.0]]
+    for count in (0, 5, 6):
+        result, kept = extremes(given, count)
+        assert torch.equal(result, given) and kept.all()
+    result, kept = extremes(torch.zeros(1, 6), 4)  # ties: still as many
+    assert kept.sum() == 4 and not result.any()
 
 
 def test_two_rewards_by_hand():

@@ -43,7 +43,7 @@ class GRPOConfig(StepsConfig):
     section: ClassVar[str] = "grpo"
 
     lr: float = 2e-3
-    """Learning rate of AdamW at the start; it falls linearly to 0 over the run."""
+    """Learning rate of AdamW."""
     weight_decay: float = 1e-4
     max_grad_norm: float = 1.0
     """Gradients are clipped to this norm."""

@@ -55,7 +55,7 @@ class NFTConfig(RolloutConfig):
     kl: float = 1e-4
     """Weight of mean |v - v_ref|^2 against the model that the run began from; 0, without `hold`, skips its forwards."""
     lr: float = 2e-3
-    """Learning rate of AdamW at the start; it falls linearly to 0 over the run."""
+    """Learning rate of AdamW."""
     weight_decay: float = 1e-4
     max_grad_norm: float = 1.0
     """Gradients are clipped to this norm."""

@@ -5,16 +5,16 @@ forward`), or a window of the sampler's steps was stochastic and is kept (`likel
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from rlhf_img.errors import RlhfImgError
 from rlhf_img.model.conditioning import Conditioner
-from rlhf_img.model.flow import STEPS, euler_step, sigmas
+from rlhf_img.model.flow import STEPS, euler_step, second_order, sigmas
 from rlhf_img.model.forward import in_batches, velocity
 from rlhf_img.model.loading import Model
 from rlhf_img.model.policy import Policy
@@ -44,17 +44,20 @@ class RolloutConfig:
     """P, prompts an iteration."""
     group: int = 16
     """G, images a prompt."""
-    num_steps: int = 8
-    """S, denoising steps in a rollout."""
+    trained: int = 8
+    """Of a group, so many images at most are trained on, half of them those of highest, half those of lowest
+    advantage. 0: all."""
+    num_steps: int = 6
+    """S, denoising steps in a rollout: of second order where no step is stochastic."""
     draws: int = 4
     """Noise levels at which an image is trained, one in each of so many equal parts of the range."""
-    min_sigma: float = 0.6
+    min_sigma: float = 0.7
     """The lowest noise level of a draw."""
     max_sigma: float = 0.9
     """The highest."""
     hold: float = 0.2
     """Weight of the divergence from the reference in one draw more, at a level below `min_sigma`: what no draw trains
-    changes all the same, since all levels share their weights. A quarter of the images stands for all. 0: none."""
+    changes all the same, since all levels share their weights. Of what is trained a quarter stands for all. 0: none."""
     updates: int = 1
     """Optimiser steps an iteration, each on its share of the prompts."""
     batch_size: int = 128
@@ -72,6 +75,7 @@ class RolloutConfig:
             {
                 f"{name}.prompts must be 1 or more": self.prompts >= 1,
                 f"{name}.group must be 2 or more: a group of one has no spread": self.group >= 2,
+                f"{name}.trained must be an even number, 0 or more": self.trained >= 0 and self.trained % 2 == 0,
                 f"{name}.num_steps must be 1 or more": self.num_steps >= 1,
                 f"{name}.draws must be 1 or more": self.draws >= 1,
                 f"{name}.min_sigma must be 0 or more and below {name}.max_sigma, which is at most 1":
@@ -156,7 +160,7 @@ class Batch:
     """Where these images are in the iteration's prompt-major list of P x G."""
     text_BLD: Tensor
     terms: Sequence[Step | Draw]
-    """What their likelihood is made of."""
+    """What their likelihood is made of; draws come with `noised`."""
     final_BNC: Tensor
     """Latents at sigma 0."""
 
@@ -166,6 +170,8 @@ class Rollout:
     """What an iteration sampled."""
 
     batches: list[Batch]
+    levels: Sequence[tuple[float, Tensor]]
+    """For each draw its noise level, and noise [P, N, C] that a group shares; empty if the terms are steps."""
     grid: tuple[int, int]
     empty_LD: Tensor
     """Text of the empty prompt, for guidance."""
@@ -201,17 +207,36 @@ def rollout(
     per_batch = images_at_once(config)
     draws = [] if steps else _levels_and_noise(config, (len(prompts), *noise_BNC.shape[1:]), generator)
     generator.manual_seed(seed + images[0])  # what follows differs between processes
-    batches, old = [], config.averaged or config.updates > 1
+    batches = []
     with policy.averaged() if config.averaged else policy.acting() as transformer:
         for rows, text_BLD in in_batches(transformer, texts, per_batch, config.group):
             x0, taken = _sample(transformer, noise_BNC[rows], text_BLD, levels, window, grid, steps, generator)
-            groups = [places[row // config.group] for row in rows]
-            noised = [(sigma, eps_PNC[groups].to(x0.device)) for sigma, eps_PNC in draws]
-            terms = taken or _noised(transformer, x0, text_BLD, noised, grid, config, old=old)
-            batches.append(Batch(rows_B=rows, text_BLD=text_BLD, terms=terms, final_BNC=x0))
+            batches.append(Batch(rows_B=rows, text_BLD=text_BLD, terms=taken, final_BNC=x0))
             sampled(batches[-1])
     (empty_LD,) = conditioner.encode([""])
-    return Rollout(batches=batches, grid=grid, empty_LD=empty_LD, sigma_max=float(levels[1]))
+    own = [(sigma, eps_PNC[list(places)]) for sigma, eps_PNC in draws]
+    return Rollout(batches=batches, levels=own, grid=grid, empty_LD=empty_LD, sigma_max=float(levels[1]))
+
+
+@torch.no_grad()
+def noised(
+    policy: Policy, sampled: Rollout, config: RolloutConfig, kept_B: Bool[Tensor, " B"] | None = None
+) -> Rollout:  # fmt: skip
+    """What is trained on: of a rollout the images that are kept, None: all, each noised to the levels of its draws.
+
+    To be called before the first update, because draws may keep velocities of the policy that sampled.
+    """
+    old, batches = config.averaged or config.updates > 1, []
+    with policy.averaged() if config.averaged else policy.acting() as transformer:
+        for whole in sampled.batches:
+            batch = whole if kept_B is None else _part(whole, kept_B[whole.rows_B].nonzero().flatten().tolist())
+            groups = [row // config.group for row in batch.rows_B]
+            draws = [
+                _draw(transformer if old else None, batch, sigma, noise_PNC[groups], sampled.grid, config)
+                for sigma, noise_PNC in sampled.levels
+            ]  # fmt: skip
+            batches.append(replace(batch, terms=[*batch.terms, *draws]))
+    return replace(sampled, batches=[batch for batch in batches if batch.rows_B])
 
 
 def images_at_once(config: RolloutConfig) -> int:
@@ -247,11 +272,12 @@ def _sample(
     config: StepsConfig | None, generator: torch.Generator,
 ) -> tuple[Tensor, list[Step]]:  # fmt: skip
     """From noise to sigma 0, and the stochastic steps on the way."""
-    taken = []
+    taken, before = [], None
     for i, (s, s_next) in enumerate(zip(levels.tolist(), levels.tolist()[1:], strict=False)):
         v = velocity(transformer, x, levels[i], text_BLD, grid)
         if config is None or i not in window:
-            x = euler_step(x, v, s, s_next)
+            x = euler_step(x, v if before is None else second_order(v, *before, s, s_next), s, s_next)
+            before = None if config else (v, s)
             continue
         noise = torch.randn(x.shape, generator=generator).to(x.device)
         step = STEPS[config.step](x, v, s, s_next, config.eta, noise=noise, sigma_max=float(levels[1]))
@@ -262,16 +288,28 @@ def _sample(
     return x, taken
 
 
-def _noised(
-    transformer: torch.nn.Module, x0: Tensor, text_BLD: Tensor, draws: Sequence[tuple[float, Tensor]],
-    grid: tuple[int, int], config: RolloutConfig, *, old: bool,
-) -> list[Draw]:  # fmt: skip
-    terms = []
-    for sigma, eps in draws:
-        every = HELD_EVERY if sigma < config.min_sigma else 1
-        start, noise, text = x0[::every], eps[::every], text_BLD[::every]
-        x = torch.lerp(start, noise, sigma)
-        v = velocity(transformer, x, torch.tensor(sigma, device=x.device), text, grid) if old else None
-        rows = range(0, len(x0), every)
-        terms.append(Draw(sigma=sigma, rows=rows, x_BNC=x, target_BNC=noise - start, old_BNC=v))
-    return terms
+def _part(batch: Batch, places: list[int]) -> Batch:
+    """Some images of a batch, with the steps that made them."""
+    steps = [term for term in batch.terms if isinstance(term, Step)]
+    terms = [
+        replace(step, x_BNC=step.x_BNC[places], x_next_BNC=step.x_next_BNC[places], mean_BNC=step.mean_BNC[places],
+                logp_B=step.logp_B[places])
+        for step in steps
+    ]  # fmt: skip
+    return Batch(
+        rows_B=[batch.rows_B[i] for i in places], text_BLD=batch.text_BLD[places], terms=terms,
+        final_BNC=batch.final_BNC[places],
+    )  # fmt: skip
+
+
+def _draw(
+    old: torch.nn.Module | None, batch: Batch, sigma: float, noise_BNC: Tensor, grid: tuple[int, int],
+    config: RolloutConfig,
+) -> Draw:  # fmt: skip
+    """A batch's images at a noise level, with the velocity of `old` there."""
+    every = HELD_EVERY if sigma < config.min_sigma else 1
+    x0, noise, text = batch.final_BNC[::every], noise_BNC[::every].to(batch.final_BNC.device), batch.text_BLD[::every]
+    rows = range(0, len(batch.rows_B), every)
+    x = torch.lerp(x0, noise, sigma)
+    v = None if old is None else velocity(old, x, torch.tensor(sigma, device=x.device), text, grid)
+    return Draw(sigma=sigma, rows=rows, x_BNC=x, target_BNC=noise - x0, old_BNC=v)

@@ -82,6 +82,7 @@ artifact.range = (0.0, 1.0)  # type: ignore[attr-defined]
 artifact.floor = 0.02  # type: ignore[attr-defined]
 # Summed as an objective it is hacked at once: an empty image has no defect. As a gate it only caps what is broken.
 artifact.role = "gate"  # type: ignore[attr-defined]
+artifact.cap = 0.3  # type: ignore[attr-defined]
 artifact.below = 0.8  # type: ignore[attr-defined]
 
 

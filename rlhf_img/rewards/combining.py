@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from rlhf_img.errors import RlhfImgError, did_you_mean
@@ -172,6 +172,24 @@ def advantages(
     muted = (heard.isnan() & ~gated[..., objectives].isnan()).any(dim=1).double().mean(dim=0).tolist()
     quiet = {f"reward/{rewards[k].name}/below_noise": s for k, s, n in zip(objectives, muted, noises, strict=True) if n}
     return result, describe(rewards, values) | gate_metrics | quiet | metrics
+
+
+def extremes(
+    advantages_PG: Float[Tensor, "P G"], count: int
+) -> tuple[Float[Tensor, "P G"], Bool[Tensor, "P G"]]:
+    """Of each group the count/2 images of highest and of lowest advantage: they carry most of what a group tells.
+
+    Returns advantages whose mean over those of a group is 0, and 0 for the others, and which they are. A count of 0, or
+    one that is not below the group's, keeps all.
+    Source: max-variance down-sampling, PODS, Xu et al. 2025, arXiv:2504.13818.
+    """
+    if count == 0 or count >= advantages_PG.shape[1]:
+        return advantages_PG, torch.ones_like(advantages_PG, dtype=torch.bool)
+    order = advantages_PG.argsort(dim=1, stable=True)
+    ends = torch.cat([order[:, : count // 2], order[:, order.shape[1] - count // 2 :]], dim=1)
+    kept_PG = torch.zeros_like(advantages_PG, dtype=torch.bool).scatter_(1, ends, True)
+    mean = advantages_PG.gather(1, ends).mean(dim=1, keepdim=True)
+    return torch.where(kept_PG, advantages_PG - mean, 0.0), kept_PG
 
 
 def describe(rewards: Sequence[Reward], rewards_PGK: Float[Tensor, "P G K"]) -> Metrics:

@@ -25,7 +25,7 @@ class RunConfig:
     """Training prompts: .txt, .jsonl, .yaml, .parquet, a dataset's folder, a pool (.sqlite); None: the playground's."""
     eval_prompts: str | None = None
     """File of held-out prompts, as above; None: the playground's, or a share of `prompts`."""
-    steps: int = 90
+    steps: int = 80
     """Iterations."""
     seed: int = 0
     """Of the adapter, the order of prompts and all noise. Evaluation seeds do not depend on it."""

@@ -125,8 +125,9 @@ def _online(config: OnlineConfig) -> Plan:
     rows = min(images_at_once(c), images)
     steps = isinstance(c, GRPOConfig) and c.likelihood == "steps"
     terms = c.window if isinstance(c, GRPOConfig) and steps else c.draws
-    trained = terms * images + (0 if steps else c.holds * math.ceil(images / HELD_EVERY))
-    together = rows if steps else min(c.batch_size, trained)
+    kept = c.prompts * min(c.trained or c.group, c.group)
+    trained = terms * kept + (0 if steps else c.holds * math.ceil(kept / HELD_EVERY))
+    together = math.ceil(rows * kept / images) if steps else min(c.batch_size, trained)
     old = 0 if steps or not (c.averaged or c.updates > 1) else trained
     works = [
         Work(phase="rollout", images=c.num_steps * images + old, at_once=rows),
@@ -134,7 +135,7 @@ def _online(config: OnlineConfig) -> Plan:
     ]
     if c.kl > 0 or (c.holds and not steps):
         guided = isinstance(c, GRPOConfig) and c.reference_guidance > 0
-        count = trained + (terms * images if guided else 0)
+        count = trained + (terms * kept if guided else 0)
         works.append(Work(phase="reference", images=count, at_once=together, during="train"))
     return Plan(
         works=tuple(works), prompts=c.prompts, started=config.start is not None, decoded=images,

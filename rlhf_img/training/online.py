@@ -9,14 +9,14 @@ from torch import Tensor
 
 from rlhf_img.algorithms.grpo import GRPOConfig
 from rlhf_img.algorithms.nft import NFTConfig
-from rlhf_img.algorithms.rollout import Batch, Rollout, rollout
+from rlhf_img.algorithms.rollout import Batch, Rollout, noised, rollout
 from rlhf_img.errors import RlhfImgError, RunStopped
 from rlhf_img.judges import COUNTS, accounted
 from rlhf_img.model.conditioning import Conditioner
 from rlhf_img.model.loading import Model
 from rlhf_img.model.policy import Policy
 from rlhf_img.model.vae import decode
-from rlhf_img.rewards import Images, Reward, Scoring, advantages, load_rewards
+from rlhf_img.rewards import Images, Reward, Scoring, advantages, extremes, load_rewards
 from rlhf_img.rewards.rubric import rubric_of
 from rlhf_img.rubrics.scoring import RubricResult
 from rlhf_img.training import distributed
@@ -138,14 +138,11 @@ def iteration(parts: Parts, learn: Learn, step: int) -> dict[str, float]:
         parts.rewards, values_PGK, method=config.combine, prompt_gates=gates, noise=parts.pool.noise
     )
     metrics |= parts.pool.record(step, parts.rewards, values_PGK, gates)
-    advantages_B = advantages_PG[list(mine)].flatten().to(parts.model.device)
+    advantages_B, kept_B = (x.flatten() for x in extremes(advantages_PG[list(mine)], method.trained))
     clock.lap("reward")
 
-    lr = method.lr * (1 - (step - 1) / config.steps)
-    for group in parts.optimizer.param_groups:
-        group["lr"] = lr
     try:
-        trained = learn(parts, sampled, advantages_B, step)
+        trained = learn(parts, noised(parts.policy, sampled, method, kept_B), advantages_B.to(parts.model.device), step)
     except FloatingPointError as error:
         raise RunStopped(
             f"iteration {step}: {error}. The last checkpoint stays; go on from it with --resume and a lower "
@@ -154,7 +151,7 @@ def iteration(parts: Parts, learn: Learn, step: int) -> dict[str, float]:
     clock.lap("train")
     own = {**trained, **judged, **noise, **clock.times()}
     common = {**_renamed(metrics), **_rubric_metrics(scores.details)}
-    return {**distributed.joint_metrics(own, _JOINT), **common, "lr": lr}
+    return {**distributed.joint_metrics(own, _JOINT), **common, "lr": method.lr}
 
 
 def _decoded(model: Model, batch: Batch) -> Images:
