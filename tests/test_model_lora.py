@@ -20,6 +20,7 @@ from rlhf_img.model.lora import (
     FusedLinear,
     active_role,
     add_role,
+    drawing,
     role,
     role_parameters,
     roles,
@@ -92,7 +93,7 @@ def test_fused_layers_are_pefts_with_fewer_passes(dtype: torch.dtype) -> None:
     def found() -> tuple[Tensor, Tensor, Tensor]:
         with role(model.transformer, "policy"):
             v = look(model)
-            with torch.no_grad():  # float32: the adapter is added to the weights where that is less work
+            with drawing():  # float32: the adapter is added to the weights where that is less work
                 drawn = look(model, images=64)
         gradients = torch.autograd.grad(v.square().sum(), parameters)
         return v.detach(), torch.cat([g.flatten() for g in gradients]), drawn

@@ -17,6 +17,7 @@ from rlhf_img.model.conditioning import Conditioner
 from rlhf_img.model.flow import STEPS, euler_step, second_order, sigmas
 from rlhf_img.model.forward import in_batches, velocity
 from rlhf_img.model.loading import Model
+from rlhf_img.model.lora import drawing
 from rlhf_img.model.policy import Policy
 from rlhf_img.model.sampling import initial_noise
 
@@ -184,7 +185,7 @@ class Rollout:
         return torch.cat([batch.final_BNC for batch in self.batches])[rows.argsort()]
 
 
-@torch.no_grad()
+@drawing()
 def rollout(
     model: Model, policy: Policy, conditioner: Conditioner, prompts: Sequence[str], config: RolloutConfig, seed: int,
     places: Sequence[int] | None = None, sampled: Callable[[Batch], None] = lambda batch: None,

@@ -26,6 +26,9 @@ class FusedLinear(Linear):
     """peft's layer as one autograd node, with fewer passes over the tokens: the scale goes into the small matrix, sums
     into products, forward and backward, and the input is not cast to float32 where autocast would cast it back."""
 
+    drawing = False
+    """Whether images are drawn: see `drawing`."""
+
     def forward(self, x: Float[Tensor, "... I"], *args: Any, **kwargs: Any) -> Float[Tensor, "... O"]:
         names, base = self.active_adapters, self.base_layer
         plain = not (args or kwargs or self.disable_adapters or self.merged) and len(names) == 1
@@ -35,7 +38,7 @@ class FusedLinear(Linear):
         down, up = self.lora_A[names[0]].weight, self.lora_B[names[0]].weight * self.scaling[names[0]]
         dtype = base.weight.dtype
         rows, (wide, narrow) = x.shape[:-1].numel(), base.weight.shape
-        if dtype is torch.float32 and not torch.is_grad_enabled() and rows * (wide + narrow) > wide * narrow:
+        if self.drawing and dtype is torch.float32 and rows * (wide + narrow) > wide * narrow:
             # Less work than the adapter's own products; bfloat16 would round a small update away.
             return nn.functional.linear(x, torch.addmm(base.weight, up, down), base.bias)
         out: Tensor = Adapted.apply(x.flatten(0, -2).to(dtype), base.weight, base.bias, down.to(dtype), up.to(dtype))
@@ -48,6 +51,18 @@ class FusedLinear(Linear):
             and isinstance(self.lora_dropout[name], nn.Identity)
             and (torch.is_autocast_enabled(x.device.type) or x.dtype == self.lora_A[name].weight.dtype)
         )  # fmt: skip
+
+
+@contextmanager
+def drawing() -> Iterator[None]:
+    """Inside, also as a decorator, there are no gradients, and a float32 LoRA is added to the weights where this is
+    less work. Velocities that are compared with those of training are computed outside: they differ by rounding."""
+    before, FusedLinear.drawing = FusedLinear.drawing, True
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        FusedLinear.drawing = before
 
 
 class Adapted(torch.autograd.Function):

@@ -11,6 +11,7 @@ from rlhf_img.model.conditioning import Conditioner
 from rlhf_img.model.flow import euler_step, sigmas
 from rlhf_img.model.forward import in_batches, velocity
 from rlhf_img.model.loading import Model
+from rlhf_img.model.lora import drawing
 from rlhf_img.model.sharding import even
 from rlhf_img.model.vae import pack
 
@@ -27,7 +28,7 @@ def initial_noise(model: Model, seeds: Sequence[int], height: int, width: int) -
     return pack(torch.cat(noise), p).to(model.device)
 
 
-@torch.no_grad()
+@drawing()
 def sample(
     model: Model,
     conditioner: Conditioner,
