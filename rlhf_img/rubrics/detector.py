@@ -15,7 +15,6 @@ from functools import lru_cache
 from types import SimpleNamespace
 from typing import Any, Protocol, cast, runtime_checkable
 
-import inflect
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
@@ -25,6 +24,7 @@ from rlhf_img.rubrics import lexicon
 from rlhf_img.rubrics.checks import CheckResult, all_of, as_expected, count_score, relation_score
 from rlhf_img.rubrics.schema import Requirement
 from rlhf_img.rubrics.vision import Box
+from rlhf_img.rubrics.words import english
 
 SERVED = f"object, count and relation ({', '.join(dict.fromkeys(lexicon.RELATIONS.values()))})"
 """The requirements that a detector can tell."""
@@ -34,8 +34,6 @@ NEARLY = 0.25
 """Presence from which on a box counts in part, where it is not enough to be the noun."""
 _OWL = ("owlvit", "owlv2")
 _GROUNDING = ("grounding-dino", "mm-grounding-dino")
-
-_english = inflect.engine()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,7 +173,7 @@ class LocalDetector:
     def _text(self, nouns: tuple[str, ...]) -> tuple[list[str] | str, dict[str, list[int]]]:
         """What the model is told, and the columns of its logits for each noun that it has room for."""
         if self._is_owl:
-            return [f"a photo of {_english.a(noun)}" for noun in nouns], {n: [i] for i, n in enumerate(nouns)}
+            return [f"a photo of {english().a(noun)}" for noun in nouns], {n: [i] for i, n in enumerate(nouns)}
         text, spans = "", {}
         for noun in nouns:
             start = len(text)

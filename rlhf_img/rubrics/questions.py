@@ -3,14 +3,12 @@
 from collections.abc import Sequence
 from typing import Any
 
-import inflect
 import numpy.typing as npt
 
 from rlhf_img.judges import Ask, Judge
 from rlhf_img.rubrics.checks import CheckResult, as_expected
 from rlhf_img.rubrics.schema import Requirement
-
-_english = inflect.engine()
+from rlhf_img.rubrics.words import english
 
 
 def question_of(requirement: Requirement) -> str | None:
@@ -21,12 +19,12 @@ def question_of(requirement: Requirement) -> str | None:
     r = requirement
     match r.check:
         case "object":
-            return f"Is there {_english.a(str(r.target))} in the image?"
+            return f"Is there {english().a(str(r.target))} in the image?"
         case "count" if r.equals == 1:
             return f"Is there exactly one {r.target} in the image?"
         case "count":
-            number = _english.number_to_words(str(r.equals))
-            return f"Are there exactly {number} {_english.plural(str(r.target))} in the image?"
+            number = english().number_to_words(str(r.equals))
+            return f"Are there exactly {number} {english().plural(str(r.target))} in the image?"
         case "color" | "size":
             return f"Is the {r.target} {r.equals}?"
         case "relation":

@@ -10,10 +10,12 @@ from enum import StrEnum
 from functools import cache, lru_cache
 from importlib.metadata import distribution
 from pathlib import Path
-
-import inflect
+from typing import TYPE_CHECKING
 
 from rlhf_img.rubrics import lexicon
+
+if TYPE_CHECKING:
+    import inflect
 
 
 class Part(StrEnum):
@@ -245,7 +247,10 @@ def part_of(word: str) -> Part:
 
 
 @cache
-def _inflect() -> inflect.engine:
+def english() -> "inflect.engine":
+    """Plurals, articles and number words. Imported here, for its import alone takes seconds."""
+    import inflect
+
     return inflect.engine()
 
 
@@ -253,7 +258,7 @@ def _inflect() -> inflect.engine:
 def participle(verb: str) -> str:
     """The -ing form: "holds", "hold" and "held" give "holding"."""
     verb = lexicon.PASTS.get(verb, verb)
-    return verb if verb.endswith("ing") and len(verb) > 4 else str(_inflect().present_participle(verb))
+    return verb if verb.endswith("ing") and len(verb) > 4 else str(english().present_participle(verb))
 
 
 def is_verb(word: str) -> bool:
@@ -276,6 +281,6 @@ def singular(noun: str) -> str:
     if part is Part.PLURAL or last.endswith("oes") or (part is not Part.NOUN and not last.endswith(("us", "ss"))):
         stem = last.removesuffix("s")
         latin = f"{last[:-1]}us" if last.endswith("i") and f"{last[:-1]}us" in _tags() else ""
-        last = latin or str(_inflect().singular_noun(last) or (stem if _tags().get(stem) is Part.NOUN else last))
+        last = latin or str(english().singular_noun(last) or (stem if _tags().get(stem) is Part.NOUN else last))
     one = " ".join([*first, last])
     return lexicon.NOUN_SYNONYMS.get(one) or " ".join([*first, lexicon.NOUN_SYNONYMS.get(last, last)])
