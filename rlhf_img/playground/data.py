@@ -42,13 +42,20 @@ def example(
     seed: int, split: Split = "train", *, wrong_captions: float = 0.0, styled: float = STYLED
 ) -> Example:
     """The example of a seed: the same on every machine. `styled` is the share of scenes in a deliberate style."""
+    scene, told = _described(seed, split, wrong_captions, styled)
+    return Example(scene=scene, caption=told, image=render(scene, seed))
+
+
+def _described(
+    seed: int, split: Split, wrong_captions: float = 0.0, styled: float = STYLED
+) -> tuple[Scene, str]:
+    """The scene and the caption of an example."""
     rng = np.random.default_rng((seed, len(split)))
     scene = sample_scene(rng, split, styled)
-    image = render(scene, seed)
     told = break_scene(scene, rng)[0] if rng.random() < wrong_captions else scene
     if splits_of(told) != splits_of(scene):
         told = scene  # else unseen combinations would be shown in training after all, and wrongly
-    return Example(scene=scene, caption=caption(told, rng), image=image)
+    return scene, caption(told, rng)
 
 
 def prompts(split: Split, count: int, seed: int = 0) -> list[str]:
@@ -57,7 +64,7 @@ def prompts(split: Split, count: int, seed: int = 0) -> list[str]:
     for i in range(100 * count):
         if len(found) == count:
             break
-        found.setdefault(example(1_000_003 * (seed + 1) + i, split).caption)
+        found.setdefault(_described(1_000_003 * (seed + 1) + i, split)[1])
     return list(found)
 
 

@@ -1,9 +1,14 @@
 """What a scene of the playground is, and how one is drawn at random: no pixels here, and no words."""
 
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from functools import cache
+from typing import Literal, TypeVar
 
 import numpy as np
+
+_T = TypeVar("_T")
 
 SIZE = 64
 """Side of an image in pixels."""
@@ -40,6 +45,7 @@ Split = Literal["train", "val", "heldout"]
 SPLITS: tuple[Split, ...] = ("train", "val", "heldout")
 
 
+@cache
 def split_of(color: str, shape: str, background: str) -> Split:
     """The split that owns a combination: 32 of 160 are held out, and 4 (colour, shape) pairs on any background are val.
 
@@ -51,6 +57,7 @@ def split_of(color: str, shape: str, background: str) -> Split:
     return "heldout" if (2 * i + j + k) % 5 == 0 else "train"
 
 
+@cache
 def pairs_of(split: Split, background: str) -> tuple[tuple[str, str], ...]:
     """The (colour, shape) pairs that a split owns on a background."""
     return tuple((c, s) for c in COLORS for s in SHAPES if split_of(c, s, background) == split)
@@ -86,6 +93,11 @@ WORD_BAND = 20
 """Height in pixels of the strip that a word takes at the top or the bottom."""
 
 
+def pick(rng: np.random.Generator, options: Sequence[_T]) -> _T:
+    """One of them: what `rng.choice` draws, sooner."""
+    return options[int(rng.integers(len(options)))]
+
+
 def sample_scene(rng: np.random.Generator, split: Split = "train", styled: float = STYLED) -> Scene:
     """A random scene of a split. Outside `train`, the first thing is a combination that training never shows,
     and no scene holds a combination of the other unseen split."""
@@ -97,7 +109,7 @@ def sample_scene(rng: np.random.Generator, split: Split = "train", styled: float
 
 
 def _try_scene(rng: np.random.Generator, kind: str, split: Split, styled: float) -> Scene | None:
-    background = str(rng.choice(list(BACKGROUNDS)))
+    background = pick(rng, tuple(BACKGROUNDS))
     kinds_of_thing = _draw_pairs(rng, split, background)
     counts: tuple[int, ...]
     match kind:
@@ -111,11 +123,11 @@ def _try_scene(rng: np.random.Generator, kind: str, split: Split, styled: float)
             counts = (1,)
     crowded = sum(counts) > 2 or kind == "word"
     things: list[Thing] = []
-    relation = str(rng.choice(RELATIONS)) if kind == "relation" else None
-    word = str(rng.choice(WORDS)) if kind == "word" else None
+    relation = pick(rng, RELATIONS) if kind == "relation" else None
+    word = pick(rng, WORDS) if kind == "word" else None
     word_at_top = bool(rng.random() < 0.5)
     for (color, shape), count in zip(kinds_of_thing, counts, strict=False):
-        size = str(rng.choice(["small", "medium"] if crowded else list(RADII)))
+        size = pick(rng, ("small", "medium") if crowded else tuple(RADII))
         for _ in range(count):
             thing = _place(rng, things, color, shape, size, relation, word, word_at_top)
             if thing is None:
@@ -128,16 +140,26 @@ def _try_scene(rng: np.random.Generator, kind: str, split: Split, styled: float)
         relation=relation,
         word=word,
         word_at_top=word_at_top,
-        style=str(rng.choice(visible)) if rng.random() < styled else None,
+        style=pick(rng, visible) if rng.random() < styled else None,
     )
 
 
 def _draw_pairs(rng: np.random.Generator, split: Split, background: str) -> list[tuple[str, str]]:
     """Two different (colour, shape) pairs, the first from `split` and the second from `split` or `train`."""
-    own = pairs_of(split, background)
-    first = own[rng.integers(len(own))]
-    pool = sorted({*pairs_of("train", background), *own} - {first})
-    return [first, pool[rng.integers(len(pool))]]
+    first = pick(rng, pairs_of(split, background))
+    return [first, pick(rng, _partners(split, background, first))]
+
+
+@cache
+def _partners(split: Split, background: str, first: tuple[str, str]) -> list[tuple[str, str]]:
+    """What may stand beside a first thing."""
+    return sorted({*pairs_of("train", background), *pairs_of(split, background)} - {first})
+
+
+@cache
+def _centres(low: float, high: float) -> tuple[float, ...]:
+    """Centres of the cells from `low` to `high`, in pixels."""
+    return tuple(x for x in np.arange(CELL / 2, SIZE, CELL).tolist() if low <= x <= high)
 
 
 def _place(
@@ -155,14 +177,11 @@ def _place(
     low, high = radius + 2, SIZE - radius - 2
     top = low + (WORD_BAND if word and word_at_top else 0)
     bottom = high - (WORD_BAND if word and not word_at_top else 0)
-    centres = np.arange(CELL / 2, SIZE, CELL)
-    columns = centres[(low <= centres) & (centres <= high)]
-    rows = centres[(top <= centres) & (centres <= bottom)]
     for _ in range(40):
-        x, y = float(rng.choice(columns)), float(rng.choice(rows))
-        thing = Thing(shape=shape, color=color, size=size, x=x, y=y, radius=radius)
-        if any(np.hypot(x - o.x, y - o.y) < radius + o.radius + 4 for o in others):
+        x, y = pick(rng, _centres(low, high)), pick(rng, _centres(top, bottom))
+        if any(math.hypot(x - o.x, y - o.y) < radius + o.radius + 4 for o in others):
             continue
+        thing = Thing(shape=shape, color=color, size=size, x=x, y=y, radius=radius)
         if relation and others and not holds(relation, others[0], thing):
             continue
         return thing
@@ -192,12 +211,12 @@ def break_scene(scene: Scene, rng: np.random.Generator) -> tuple[Scene, str]:
     ways += ["relation"] if scene.relation else []
     ways += ["word"] if scene.word else []
     ways += ["style"] if scene.style else []
-    way = str(rng.choice(ways))
+    way = pick(rng, ways)
     first = scene.things[0]
     same = [t for t in scene.things if (t.color, t.shape) == (first.color, first.shape)]
 
-    def other(options: object, *used: object) -> str:
-        return str(rng.choice([o for o in options if o not in used]))  # type: ignore[attr-defined]
+    def other(options: Iterable[str], *used: str | None) -> str:
+        return pick(rng, [o for o in options if o not in used])
 
     def change(**fields: object) -> tuple[Thing, ...]:
         return tuple(replace(t, **fields) if t in same else t for t in scene.things)  # type: ignore[arg-type]
