@@ -108,10 +108,11 @@ def test_chance_is_what_places_of_one_law_vary_by() -> None:
 
 
 def test_transfer_is_the_held_out_gain_over_that_of_the_trained_rewards() -> None:
-    gains = {"a": 1.0, "b": 3.0, "held": 0.5, "lost": -1.0, "unknown": math.nan}
-    assert sentinels.transfer(gains, ["a", "b"]) == (2.0, {"held": 0.25, "lost": -0.5})
-    assert sentinels.transfer(gains | {"b": -0.9}, ["a", "b"]) == (pytest.approx(0.05), {})
-    gain, ratios = sentinels.transfer(gains, [])
+    gains = {"a": 1.0, "b": 3.0, "gate": 0.1, "held": 0.5, "lost": -1.0, "unknown": math.nan}
+    held = ["held", "lost", "unknown"]
+    assert sentinels.transfer(gains, ["a", "b"], held) == (2.0, {"held": 0.25, "lost": -0.5})
+    assert sentinels.transfer(gains | {"b": -0.9}, ["a", "b"], held) == (pytest.approx(0.05), {})
+    gain, ratios = sentinels.transfer(gains, [], held)
     assert math.isnan(gain) and ratios == {}
 
 
@@ -121,12 +122,12 @@ def test_transfer_on_held_out_prompts_by_hand() -> None:
 
     before = evaluation(a=[0.0, 2.0, 0.0, 2.0], held=[0.0, 4.0, 4.0, math.nan])
     after = evaluation(a=[1.0, 3.0, 1.0, 3.0], held=[1.0, 5.0, 5.0, 9.0])
-    found = transfer_ratios(before, after, ["a"])
+    found = transfer_ratios(before, after, ["a"], ["held"])
     # a has a spread of 1 and gains 1; what is known of held has one of 32 ** 0.5 / 3 and gains 1
     assert found is not None and found["gain"] == {"mean": 1.0, "low": 1.0, "high": 1.0}
     assert found["ratios"]["held"]["mean"] == pytest.approx(3 / 32**0.5)
-    assert transfer_ratios(before, before, ["a"])["ratios"] == {"held": None}  # type: ignore[index]
-    assert transfer_ratios(before, after, []) is None
+    assert transfer_ratios(before, before, ["a"], ["held"])["ratios"] == {"held": None}  # type: ignore[index]
+    assert transfer_ratios(before, after, [], ["held"]) is None
 
 
 def test_a_band_is_four_standard_errors_wide_at_least_and_has_the_sides_that_matter() -> None:
@@ -194,8 +195,8 @@ def watched(tmp_path: Path, draw: Any) -> tuple[Watch, dict[str, float]]:
         (tmp_path / "bright.py").write_text(BRIGHT)
         rewards = load_rewards(f"{tmp_path / 'bright.py'}:bright")
         watch = Watch(
-            Watched(config=SentinelConfig(), prompts=prompts, rewards=rewards, trained_on=["bright"], period=16,
-                    draw=draw, draw_raw=scenes),
+            Watched(config=SentinelConfig(), prompts=prompts, rewards=rewards, trained_on=["bright"], held_out=[],
+                    period=16, draw=draw, draw_raw=scenes),
             opened, [],
         )  # fmt: skip
         return watch, watch.look(1)
@@ -267,10 +268,14 @@ def test_transfer_is_measured_on_held_out_prompts_and_in_eval_json(
     files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "run"
-    more = "steps=1", *WATCHED, f"eval.rewards={files / 'bright.py'}:dark"
+    bright, dark = (f"{files / 'bright.py'}:{name}" for name in ("bright", "dark"))
+    rewards = f"rewards=[{{reward: '{bright}'}}, {{reward: '{dark}', name: gate, role: gate, below: 0.1}}]"
+    more = "steps=1", *WATCHED, f"eval.rewards={dark}", rewards
     assert run(monkeypatch, arguments(files, out, *more)) == 0
     (row,) = lines(out)
-    assert "sentinel/reward/dark/place" in row and "sentinel/reward/bright/place" not in row
+    assert "sentinel/reward/dark/place" in row
+    assert not {"sentinel/reward/bright/place", "sentinel/reward/gate/place"} & row.keys()
     assert math.isfinite(row["transfer/gain"])
     found = json.loads((out / "eval.json").read_text())["transfer"]
     assert found["trained_on"] == ["bright"] and found["gain"] is not None
+    assert found["ratios"].keys() == {"dark", "rubric"}

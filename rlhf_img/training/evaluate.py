@@ -135,7 +135,7 @@ def compare(before: Evaluation, after: Evaluation) -> dict[str, Any]:
 
 
 def transfer_ratios(
-    before: Evaluation, after: Evaluation, trained_on: Sequence[str], resamples: int = 2000
+    before: Evaluation, after: Evaluation, trained_on: Sequence[str], held_out: Sequence[str], resamples: int = 2000
 ) -> dict[str, Any] | None:
     """Whether the gain is real: that of each held-out reward over the mean one of the rewards trained on, both in
     spreads of the images before; with 95 % bootstrap intervals over prompts. None if nothing was trained on.
@@ -154,7 +154,7 @@ def transfer_ratios(
             for name in old
         }
         trained = np.mean([gains[name] for name in trained_on], 0)
-        ratios = {name: gain / trained for name, gain in gains.items() if name not in trained_on}
+        ratios = {name: gains[name] / trained for name in held_out}
     enough = bool(trained[-1] >= LEAST_GAIN)
     return {
         "trained_on": list(trained_on), "gain": _percentiles(trained),

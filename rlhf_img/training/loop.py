@@ -60,8 +60,8 @@ class Job:
     """Trains one iteration, counted from 1, and returns its flat metrics."""
     card: Callable[[RunDir, Drawn, Evaluation, Console], dict[str, Any]] | None = None
     """What else is measured once training is done, given what "after" drew and scored: written to card.json."""
-    trained_on: tuple[str, ...] = ()
-    """Names of the rewards that the policy learns from; those of `watched` that are not among them are held out."""
+    rewards: tuple[Reward, ...] = ()
+    """Those that the policy learns from; what else is in `watched` is held out from it."""
     raw: Draw | None = None
     """What the sentinels hold the policy against; None: the policy's reference, drawn as the policy is."""
     panel: Panel | None = None
@@ -77,6 +77,16 @@ class Job:
     def policy(self) -> Policy:
         """The policy that is measured and exported."""
         return self.trained["policy"][0]
+
+    @property
+    def trained_on(self) -> list[str]:
+        """Names of the rewards that the policy maximises: a gate, which only caps them, is none."""
+        return [reward.name for reward in self.rewards if reward.is_objective]
+
+    @property
+    def held_out(self) -> list[str]:
+        """Names of the rewards that only measure."""
+        return [reward.name for reward in self.watched if reward not in self.rewards]
 
 
 def open_model(config: RunConfig) -> Model:
@@ -144,7 +154,7 @@ def train(job: Job, run: RunDir, console: Console) -> dict[str, Any]:
         "split": "heldout", "num_prompts": len(job.heldout_prompts), "images_per_prompt": 1,
         "num_steps": config.eval.num_steps, "guidance": config.eval.guidance,
         "checkpoints": [summarise("before", before), summarise("after", after)],
-        "difference": compare(before, after), "transfer": transfer_ratios(before, after, job.trained_on),
+        "difference": compare(before, after), "transfer": transfer_ratios(before, after, job.trained_on, job.held_out),
         "kept_step": best.step,
     }  # fmt: skip
     run.write_json("eval.json", result)
@@ -270,8 +280,9 @@ def _watch(job: Job, run: RunDir, rows: list[dict[str, Any]]) -> Watch | None:
         return images
 
     watched = Watched(
-        config=config, prompts=job.heldout_prompts[: config.prompts], rewards=job.watched, trained_on=job.trained_on,
-        period=job.model.token_pixels, draw=draw(job.policy.averaged), draw_raw=job.raw or draw(job.policy.reference),
+        config=config, prompts=job.heldout_prompts[: config.prompts], rewards=job.watched,
+        trained_on=job.trained_on, held_out=job.held_out, period=job.model.token_pixels,
+        draw=draw(job.policy.averaged), draw_raw=job.raw or draw(job.policy.reference),
     )  # fmt: skip
     return Watch(watched, run, rows)
 

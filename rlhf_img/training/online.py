@@ -108,7 +108,7 @@ def prepare(config: OnlineConfig, learn: Learn) -> tuple[Parts, Job]:
     job = Job(
         config=config, model=model, conditioner=parts.conditioner, trained={"policy": (policy, optimizer)},
         watched=watched, heldout_prompts=heldout, iterate=partial(iteration, parts, learn), pool=parts.pool,
-        trained_on=tuple(reward.name for reward in rewards), texts=tuple(prompt.text for prompt in prompts),
+        rewards=tuple(rewards), texts=tuple(prompt.text for prompt in prompts),
     )  # fmt: skip
     return parts, job
 

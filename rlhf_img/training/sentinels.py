@@ -163,8 +163,10 @@ def chance(now: int, raw: int) -> float:
     return ((now + raw + 1) / (12 * now * raw)) ** 0.5
 
 
-def transfer(gains: Mapping[str, float], trained_on: Sequence[str]) -> tuple[float, dict[str, float]]:
-    """The mean gain of the rewards trained on, and the gain of each other reward over it: the transfer ratio.
+def transfer(
+    gains: Mapping[str, float], trained_on: Sequence[str], held_out: Sequence[str]
+) -> tuple[float, dict[str, float]]:
+    """The mean gain of the rewards trained on, and the gain of each held-out reward over it: the transfer ratio.
 
     gains: of every reward, from Raw on, in units of its spread over Raw's images. Where the mean gain is below
     LEAST_GAIN, there is nothing to divide by, and no ratio.
@@ -174,4 +176,4 @@ def transfer(gains: Mapping[str, float], trained_on: Sequence[str]) -> tuple[flo
     gain = sum(trained) / len(trained) if trained else math.nan
     if not gain >= LEAST_GAIN:
         return gain, {}
-    return gain, {name: value / gain for name, value in known.items() if name not in trained_on}
+    return gain, {name: known[name] / gain for name in held_out if name in known}

@@ -146,7 +146,9 @@ class Watched:
     """The panel: so many of the held-out prompts."""
     rewards: Sequence[Reward]
     trained_on: Sequence[str]
-    """Names of the rewards that the policy learns from; the others are held out from it."""
+    """Names of the rewards that the policy maximises."""
+    held_out: Sequence[str]
+    """Names of those that only measure. A gate, which caps the others, is neither."""
     period: int
     """Pixels between two tokens."""
     draw: Draw
@@ -212,7 +214,7 @@ class Watch:
             self._small = torch.from_numpy(small.copy()) / 255
         else:
             self._raw, self._small = watched.look(watched.draw_raw)
-        trained = {REWARD + name for name in watched.trained_on}
+        trained = {REWARD + reward.name for reward in watched.rewards if reward.name not in watched.held_out}
         self._bands = {
             name: band(watched.config, name, len(self._small) if name == "drift" else len(values), len(values))
             for name, values in self._raw.items() if name not in trained | set(watched.config.off)
@@ -231,7 +233,7 @@ class Watch:
             name.removeprefix(REWARD): _gain(values, self._raw[name])
             for name, values in now.items() if name.startswith(REWARD)
         }  # fmt: skip
-        gain, ratios = transfer(gains, self._watched.trained_on)
+        gain, ratios = transfer(gains, self._watched.trained_on, self._watched.held_out)
         if self._watched.trained_on:
             metrics |= {"transfer/gain": gain, **{f"transfer/{name}": ratio for name, ratio in ratios.items()}}
         metrics[OUT] = float(len(self.left(metrics)))
