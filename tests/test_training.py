@@ -117,6 +117,17 @@ def test_resume_goes_further_but_changes_nothing_else(
     assert [row["step"] for row in lines(out)] == [1, 2]
 
 
+def test_samples_that_a_run_was_drawing_when_it_was_killed_are_drawn_when_it_is_resumed(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    with monkeypatch.context() as killed:
+        killed.setattr("rlhf_img.training.loop._save_samples", lambda *_: sys.exit(137))
+        assert run(monkeypatch, arguments(files, out, "steps=3", "sample_every=2")) == 137
+    assert run(monkeypatch, ["grpo", "--out", str(out), "--resume"]) == 0
+    assert (out / "samples" / "step_000002" / "samples.json").is_file()
+
+
 @pytest.mark.parametrize(
     ("body", "code", "message"),
     [

@@ -137,14 +137,14 @@ def train(job: Job, run: RunDir, console: Console) -> dict[str, Any]:
             progress.update(task, completed=step, note=_note(metrics))
             if watch is not None:
                 _heed(job, run, watch, step, metrics, progress.console)
-            if saved:
+            if config.sample_every and step % config.sample_every == 0 and step < config.steps:
+                _save_samples(job, run, f"step_{step:06d}")
+            if saved:  # last: what a killed run had not written when it is resumed from here would never be written
                 write = partial(save_state, trained=job.trained, step=step, pool=job.pool)
                 keep = watch.good() if watch else None
                 run.save_checkpoint(step, write, keep_last=config.keep_checkpoints, keep=keep)
                 if job.pool is not None:
                     job.pool.publish()
-            if config.sample_every and step % config.sample_every == 0 and step < config.steps:
-                _save_samples(job, run, f"step_{step:06d}")
     best.restore()
     with job.policy.averaged():
         after, drawn = measured(job, console, "measuring after")
