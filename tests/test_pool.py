@@ -25,6 +25,7 @@ from rlhf_img.training.pool.weights import (
     Group,
     PoolConfig,
     Statistics,
+    about_one_length,
     draw_weighted,
     effective_number,
     expected_signal,
@@ -132,6 +133,17 @@ def test_draws_follow_the_weights_and_never_repeat_or_take_what_has_none() -> No
     assert all(len(set(draw_weighted(weights, 2, rng))) == 2 for _ in range(50))
     many = draw_weighted(weights, 7, rng)  # all of them twice, then one more
     assert sorted(many[:3]) == sorted(many[3:6]) == [0, 1, 2] and len(many) == 7
+
+
+def test_an_iteration_s_prompts_are_about_as_long_and_each_keeps_its_weight() -> None:
+    rng = np.random.default_rng(0)
+    weights, lengths = rng.dirichlet(np.full(1000, 4.0)), rng.integers(5, 25, 1000)
+    windows = [about_one_length(weights, lengths, 8, at) for at in np.arange(0, 1, 1 / 640)]
+    np.testing.assert_allclose(np.mean(windows, 0), weights, atol=1e-12)
+    spans = [np.ptp(lengths[window > 0]) for window in windows if not (window[lengths == 24] > 0).any()]
+    assert max(spans) <= 2 and len(spans) > 500  # the windows left out go on from the longest to the shortest
+    few = about_one_length(weights[:30] / weights[:30].sum(), lengths[:30], 8, 0.3)  # no choice but all
+    np.testing.assert_allclose(few, weights[:30] / weights[:30].sum())
 
 
 def test_the_effective_number_by_hand() -> None:

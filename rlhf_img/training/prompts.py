@@ -32,7 +32,8 @@ def from_playground(split: Split, count: int) -> list[Prompt]:
     return [Prompt(text) for text in playground_prompts(split, count)]
 
 
-_GOLDEN = (5**0.5 - 1) / 2
+GOLDEN = (5**0.5 - 1) / 2
+"""Multiples of it, modulo 1, are far apart from those before."""
 FORMATS = ".txt, .jsonl, .yaml, .parquet, a dataset's folder, or a pool (.sqlite)"
 
 
@@ -145,5 +146,5 @@ def turns(lengths_N: Int[np.ndarray, " N"], count: int, step: int, seed: int) ->
     rng = np.random.default_rng((seed, epoch))
     order = np.resize(rng.permutation(len(lengths_N)), each * count)  # again from the start where N < count
     alike = order[np.argsort(lengths_N[order], kind="stable")].reshape(each, count)
-    spread = (np.arange(each) * _GOLDEN + rng.random()) % 1  # any few that follow each other are far apart in [0, 1)
+    spread = (np.arange(each) * GOLDEN + rng.random()) % 1  # any few that follow each other are far apart in [0, 1)
     return [int(i) for i in alike[spread.argsort().argsort()[index]]]

@@ -24,12 +24,13 @@ from rlhf_img.training.pool.weights import (
     Group,
     PoolConfig,
     Statistics,
+    about_one_length,
     draw_weighted,
     effective_number,
     resting,
     sampling_weights,
 )
-from rlhf_img.training.prompts import Prompt, turns
+from rlhf_img.training.prompts import GOLDEN, Prompt, turns
 from rlhf_img.training.rundir import RunDir
 
 log = logging.getLogger(__name__)
@@ -75,7 +76,7 @@ class PromptPool:
     ) -> None:  # fmt: skip
         """source: the pool that the prompts were read from, if it was one, whose knowledge of them is the start.
 
-        lengths_N: of the prompts, in tokens; without a curriculum those of an iteration are about as long.
+        lengths_N: of the prompts, in tokens; those of an iteration are about as long.
         """
         self._prompts, self._config, self._seed = list(prompts), config, seed
         self._lengths_N = np.zeros(len(prompts), np.int64) if lengths_N is None else lengths_N
@@ -106,7 +107,8 @@ class PromptPool:
                 self._stats, self._cluster_N, self._clock + step, self._config, least=min(count, len(self._prompts))
             )
             rng = np.random.default_rng((self._seed, step, _STREAM))
-            self._drawn = draw_weighted(self._weights_N, count, rng)
+            alike_N = about_one_length(self._weights_N, self._lengths_N, count, step * GOLDEN % 1)
+            self._drawn = draw_weighted(alike_N, count, rng)
         else:
             self._drawn = turns(self._lengths_N, count, step - 1, self._seed)
         return [self._prompts[row] for row in self._drawn]

@@ -24,6 +24,10 @@ _BALANCE = 0.5
 """A cluster's share grows with its number of prompts to this power: 1 would leave rare things rare, 0 would draw a
 single odd prompt as often as a thousand alike. The root is usual for languages of unlike size (arXiv 1901.07291)."""
 _MAX_DOUBLINGS = 6
+_WINDOW = 1 / 16
+"""Share of all draws that are about as long: an iteration's."""
+_CHOICE = 4
+"""Equally likely prompts for each that is drawn, which an iteration has to choose from at least."""
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -150,6 +154,24 @@ def sampling_weights(stats: Statistics, cluster_N: Ints, clock: int, config: Poo
     signal_N *= (1 - config.explore) / total
     signal_N += config.explore * even_N
     return signal_N
+
+
+def about_one_length(weights_N: Floats, lengths_N: Ints, count: int, at: float) -> Floats:
+    """The weights of prompts that are about as long and so share a forward, for an iteration that draws `count`; 0 for
+    the others, sum 1.
+
+    Laid end to end by length, the weights are a ring of length 1, of which this is the window from `at` on, in [0, 1).
+    Over all windows a prompt has the weight that it had. The fewer prompts there are, the wider is the window: with
+    less than some for each that is drawn, there would be no choice, and the weights no effect.
+    """
+    width = min(1.0, max(_WINDOW, _CHOICE * count / effective_number(weights_N)))
+    order = np.argsort(lengths_N, kind="stable")
+    ends = np.cumsum(weights_N[order])
+    starts = ends - weights_N[order]
+    inside = [np.minimum(ends, left + width) - np.maximum(starts, left) for left in (at, at - 1)]
+    found = np.zeros_like(weights_N)
+    found[order] = np.clip(inside, 0, None).sum(0)
+    return found / found.sum()
 
 
 def draw_weighted(weights_N: Floats, count: int, rng: np.random.Generator) -> list[int]:
