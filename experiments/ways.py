@@ -1,14 +1,15 @@
 """The table of an experiment whose runs are FOLDER/WAY-SEED, as Markdown: python experiments/ways.py FOLDER
 
 Changes from before to after on held-out prompts, paired by prompt, with 95 % intervals over prompts; one line a run,
-and below them the mean over the seeds of each way. `time` is that of all iterations. Measures that no run has are left
-out; `residual`, where it was measured, is what no run was trained on: it falls where structure breaks.
+and below them the mean over the seeds of each way. The time is an iteration's median, which what else the machine did
+for a while does not change. Measures that no run has are left out; `residual`, where it was measured, is what no run
+was trained on: it falls where structure breaks.
 """
 
 import json
 import sys
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 from typing import Any
 
 COLUMNS = {
@@ -39,9 +40,9 @@ def cell(interval: dict[str, float] | None, scale: float) -> str:
 
 
 def seconds(run: Path) -> float:
-    """That its iterations took."""
+    """That an iteration took."""
     lines = (run / "metrics.jsonl").read_text().splitlines()
-    return sum(float(json.loads(line)["time/step"]) for line in lines)
+    return median(float(json.loads(line)["time/step"]) for line in lines)
 
 
 def main() -> None:
@@ -50,18 +51,18 @@ def main() -> None:
     columns = {
         title: given for title, given in COLUMNS.items() if any(found(d, given[0]) for d in differences.values())
     }
-    print(f"| run | {' | '.join(columns)} | time, s |")
+    print(f"| run | {' | '.join(columns)} | an iteration, s |")
     print("|---" * (len(columns) + 2) + "|")
     for run, difference in differences.items():
         cells = [cell(found(difference, path), scale) for path, scale in columns.values()]
-        print(f"| {run.name} | {' | '.join(cells)} | {seconds(run):.0f} |")
+        print(f"| {run.name} | {' | '.join(cells)} | {seconds(run):.1f} |")
     for way in dict.fromkeys(run.name.rsplit("-", 1)[0] for run in finished):
         runs = [run for run in finished if run.name.rsplit("-", 1)[0] == way]
         cells = []
         for path, scale in columns.values():
             known = [one["mean"] for run in runs if (one := found(differences[run], path)) is not None]
             cells.append(f"{scale * mean(known):+.3f}" if known else "-")
-        print(f"| {way}, mean of {len(runs)} | {' | '.join(cells)} | {mean(map(seconds, runs)):.0f} |")
+        print(f"| {way}, mean of {len(runs)} | {' | '.join(cells)} | {mean(map(seconds, runs)):.1f} |")
 
 
 if __name__ == "__main__":
