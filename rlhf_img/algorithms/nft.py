@@ -20,7 +20,7 @@ schedules of d (`decay`): it samples, and it is what is evaluated and exported.
 What we changed: levels and noise are shared by a group (algorithms/rollout), whose advantages add up to 0, so that what
 they have in common cancels out of the gradient; the levels are a part of the range by default, and one draw more, below
 them, only holds the policy to the reference (`hold`); `kl` is large enough to say where a run ends. To first order the
-gradient is AWM's over n, on the embedded model 2.4 times as large. Left out: guidance.
+gradient is AWM's over n: in the embedded model's first iteration 3 times as large. Left out: guidance.
 """
 
 from collections.abc import Iterator
